@@ -1,0 +1,48 @@
+"""Settings: typed, frozen, resolved from `preset + overlay + key=value`, each value with its origin. No torch."""
+
+from trinity.config.model import ModelConfig
+from trinity.config.resolve import Origin, list_presets, resolve, to_toml
+from trinity.config.run import (
+    BalanceConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ExtendConfig,
+    GuardConfig,
+    LossConfig,
+    OptimConfig,
+    ParallelConfig,
+    Phase,
+    PretrainConfig,
+    RLConfig,
+    RunConfig,
+    RuntimeConfig,
+    SFTConfig,
+    StageConfig,
+    TokenizerConfig,
+)
+
+__all__ = [
+    "BalanceConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "EvalConfig",
+    "ExtendConfig",
+    "GuardConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Origin",
+    "ParallelConfig",
+    "Phase",
+    "PretrainConfig",
+    "RLConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "SFTConfig",
+    "StageConfig",
+    "TokenizerConfig",
+    "list_presets",
+    "resolve",
+    "to_toml",
+]

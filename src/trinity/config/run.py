@@ -1,0 +1,259 @@
+"""Every setting of a run. Published values are cited; where nothing is public the default is ours and says so."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from trinity.config.base import Frozen
+from trinity.config.model import ModelConfig
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class TokenizerConfig(Frozen):
+    vocab_size: PositiveInt = 200_000
+    """Entries learned by BPE, bytes included; special tokens come on top and model.vocab_size pads the rest."""
+    sample_bytes: PositiveInt = 48_000_000_000
+    """Bytes of text to train on at most; the report's tokenizer saw about 48 GB."""
+
+
+class BalanceConfig(Frozen):
+    """How the expert biases move, once per optimizer step (spec section 3)."""
+
+    kind: Literal["smebu", "sign", "quantile", "none"] = "smebu"
+    rate: NonNegativeFloat = 5e-4
+    """lambda of SMEBU, gamma of the sign update."""
+    kappa: PositiveFloat = 2.0
+    """Steepness of SMEBU's tanh; to infinity it becomes the sign update."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """beta of SMEBU."""
+    recenter: bool = True
+    """Keep the mean of the sign update's biases at zero."""
+    frozen: bool = False
+    """Keep the biases as they are; off in every stage by default."""
+
+
+class LossConfig(Frozen):
+    z_loss: NonNegativeFloat = 1e-6
+    """Coefficient of mean(logsumexp(logits)^2); larger values destabilised the published run."""
+    sequence_loss: NonNegativeFloat = 1e-4
+    """alpha of the sequence-wise balance loss."""
+    chunk_tokens: PositiveInt = 2048
+    """Tokens whose logits exist at the same time."""
+
+
+class OptimConfig(Frozen):
+    """Muon on hidden matrices, AdamW on embedding, head and vectors."""
+
+    muon_lr: PositiveFloat = 8e-4
+    adamw_lr: PositiveFloat = 2e-4
+    muon_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    nesterov: bool = True
+    """Not public; on, as in the reference Muon."""
+    newton_schulz: Literal["polar-express", "quintic"] = "polar-express"
+    """Coefficient set: five different iterations of the authors' fork, or Muon's single quintic."""
+    adamw_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    adamw_eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled, on matrices only. Not public; 0.1 is the field's habit."""
+    router: Literal["muon", "adamw"] = "adamw"
+    """Which optimizer moves the router's matrix. Not public."""
+    clip_norm: PositiveFloat = 1.0
+
+
+class GuardConfig(Frozen):
+    """What happens when a step goes wrong."""
+
+    enabled: bool = True
+    window: PositiveInt = 128
+    """Steps of history behind the spike score."""
+    sigma: PositiveFloat = 6.0
+    """A loss or gradient norm this many standard deviations above the window's mean is a spike."""
+    skips_before_rollback: PositiveInt = 3
+    """Bad steps in a row that are skipped before the last good checkpoint is loaded again."""
+    max_rollbacks: NonNegativeInt = 3
+    """Rollbacks after which the run stops with an error."""
+
+
+class CheckpointConfig(Frozen):
+    every_steps: PositiveInt = 500
+    keep_last: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
+    """Also keep every checkpoint whose step divides by this; 0 keeps none."""
+    asynchronous: bool = True
+    """Write behind the next steps; the weights are copied first."""
+
+
+class DataConfig(Frozen):
+    """Where the tokens are and how rows are filled."""
+
+    shards: str = ""
+    """Directory that `trinity data prepare` wrote."""
+    tokenizer: str = ""
+    """Tokenizer directory; must be the one that made the shards."""
+    packing: Literal["rsdb", "concat", "best-fit", "single"] = "rsdb"
+    buffer: PositiveInt = 4096
+    """User size of the RSDB over all streams: refill below it, hold up to twice as many documents."""
+    streams: PositiveInt = 8
+    """Fixed logical streams; any number of ranks that divides it sees the same global batches."""
+    document_mask: bool = True
+    """Tokens attend only inside their own document."""
+    max_epochs: PositiveInt = 4
+    """Passes over a domain after which it leaves the mixture."""
+    prefetch: NonNegativeInt = 2
+    """Batches assembled ahead of the step by a background thread; 0 assembles inline."""
+
+
+class Phase(Frozen):
+    """One phase of the data mix."""
+
+    name: str
+    tokens: PositiveInt
+    weights: dict[str, PositiveFloat]
+    """Share of the tokens by domain; normalised. A domain that the shards lack is refused."""
+
+
+class BatchSize(Frozen):
+    """Rows per optimizer step from a number of tokens on."""
+
+    from_tokens: NonNegativeInt
+    rows: PositiveInt
+
+
+class StageConfig(Frozen):
+    """What every training stage has. A row is one sequence of `seq_len` tokens."""
+
+    seq_len: PositiveInt
+    micro_rows: PositiveInt = 1
+    """Rows of one forward pass on one rank; gradients accumulate over the rest."""
+    lr_scale: PositiveFloat = 1.0
+    """Factor on both learning rates at the start of the stage (after warm-up)."""
+    final_lr_scale: NonNegativeFloat = 0.1
+    """Factor on both learning rates at the end of the stage."""
+    warmup_steps: NonNegativeInt = 0
+    decay_fraction: Fraction = 1.0
+    """Last part of the stage's tokens over which the learning rate falls along a cosine; before it, it is stable."""
+    eval_every: PositiveInt = 250
+    eval_rows: PositiveInt = 64
+    """Held-out rows of an evaluation, per domain."""
+
+
+class PretrainConfig(StageConfig):
+    phases: tuple[Phase, ...]
+    batch: tuple[BatchSize, ...]
+    """Batch ramp; the first entry starts at token 0."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.phases:
+            raise ValueError("phases is empty; a run needs at least one")
+        if not self.batch or self.batch[0].from_tokens != 0:
+            raise ValueError("batch must start with an entry of from_tokens = 0")
+        starts = [b.from_tokens for b in self.batch]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"batch entries must rise in from_tokens, not {starts}")
+        return self
+
+    @property
+    def tokens(self) -> int:
+        return sum(phase.tokens for phase in self.phases)
+
+
+class ExtendConfig(StageConfig):
+    """Context extension: straight to the longest rows."""
+
+    tokens: PositiveInt
+    batch_rows: PositiveInt
+    weights: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Share by domain; empty takes the last pretraining phase's."""
+    length_bias: NonNegativeFloat = 1.0
+    """A document is drawn with odds (length ** length_bias) inside its domain; 0 draws evenly."""
+    niah_share: Fraction = 0.0
+    """Share of rows that are generated retrieval documents (keys, values and haystacks apart from the evaluation's)."""
+    niah_every: NonNegativeInt = 0
+    """Steps between evaluations of MK-NIAH during the run; 0 evaluates at the end only."""
+    stop_at: Fraction = 1.0
+    """Stop early once MK-NIAH at seq_len reaches this score; 1.0 runs to the end."""
+
+
+class SFTConfig(StageConfig):
+    conversations: tuple[str, ...] = ()
+    """jsonl(.gz, .zst) or parquet files with a `messages` column."""
+    epochs: PositiveInt = 3
+    batch_rows: PositiveInt = 32
+    held_out: Fraction = 0.05
+    """Share of the conversations kept for evaluation, chosen by content hash."""
+
+
+class RLConfig(StageConfig):
+    """Group-relative policy gradient on verifiable rewards."""
+
+    task: Literal["arithmetic"] = "arithmetic"
+    steps: PositiveInt = 100
+    prompts_per_step: PositiveInt = 32
+    group: Annotated[int, Field(ge=2)] = 8
+    """Samples of one prompt, whose mean reward is the baseline."""
+    max_new_tokens: PositiveInt = 64
+    temperature: PositiveFloat = 1.0
+    clip_low: Fraction = 0.2
+    clip_high: NonNegativeFloat = 0.28
+    """Asymmetric clipping of the probability ratio to [1 - clip_low, 1 + clip_high]."""
+    max_number: PositiveInt = 9
+    """Largest operand of the generated arithmetic."""
+
+
+class EvalConfig(Frozen):
+    niah_lengths: tuple[PositiveInt, ...] = (4096, 8192, 16384, 32768)
+    niah_depths: PositiveInt = 5
+    """Depths of the needle, evenly from the start to the end of the haystack."""
+    niah_keys: PositiveInt = 4
+    """Needles in a haystack, of which one is asked for."""
+    niah_samples: PositiveInt = 20
+    """Questions per cell of length and depth."""
+    arithmetic_questions: PositiveInt = 200
+
+
+class ParallelConfig(Frozen):
+    """Sizes of the mesh; their product divides the number of ranks, `shard` takes the rest when it is 0."""
+
+    replicate: PositiveInt = 1
+    shard: NonNegativeInt = 0
+    expert: PositiveInt = 1
+    context: PositiveInt = 1
+
+
+class RuntimeConfig(Frozen):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the forward and backward pass; weights of the optimizer are float32 where master_weights is on."""
+    master_weights: bool = True
+    seed: NonNegativeInt = 0
+    compile: bool = True
+    """torch.compile the blocks on a GPU; the CPU runs eagerly."""
+    recompute: Literal["none", "block"] = "none"
+    """Activation recomputation."""
+    kernels: Literal["fast", "reference"] = "fast"
+    """The plain reference of every operation, or the fastest path that the device has."""
+    threads: NonNegativeInt = 0
+    """CPU threads of torch; 0 leaves torch's choice."""
+
+
+class RunConfig(Frozen):
+    """One run, from text to a served model."""
+
+    name: str
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    balance: BalanceConfig = BalanceConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    guard: GuardConfig = GuardConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    pretrain: PretrainConfig
+    extend: ExtendConfig
+    sft: SFTConfig
+    rl: RLConfig
+    eval: EvalConfig = EvalConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
