@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trinity.base.errors import UserError
+from trinity.base.rng import Draws
 from trinity.config import EvalConfig
 from trinity.evals import needles, niah
 from trinity.evals.needles import Half, Haystack, half_of
@@ -109,7 +110,7 @@ def test_haystacks_take_documents_of_their_own_half_only():
     documents = [f"Document {i} says this. And {i} more." for i in range(40)]
     for half in Half:
         own = {s for d in documents if half_of(d) is half for s in needles.split_sentences(d)}
-        stream = Haystack(half, documents).sentences(np.random.default_rng(0))
+        stream = Haystack(half, documents).sentences(Draws(0))
         assert {next(stream) for _ in range(400)} <= own
     lonely = [d for d in documents if half_of(d) is Half.TRAINING]
     with pytest.raises(UserError, match="evaluation half"):

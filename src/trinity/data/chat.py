@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import zstandard
 
 from trinity.base.errors import UserError
-from trinity.data.permutation import permutation
-from trinity.data.rows import IGNORE, PADDING, Rows
+from trinity.base.rng import derive
+from trinity.data.permutation import Permutation
+from trinity.data.rows import IGNORE, Chunk, Rows, blank_rows, mark_segments
 from trinity.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -168,35 +169,36 @@ class ChatRows:
     def plan(self, epoch: int) -> list[list[int]]:
         """The rows of an epoch, each a list of conversation numbers; every conversation is in exactly one."""
         if epoch not in self._plans:
-            order = permutation(len(self), self.seed, epoch)
             inputs = np.diff(self._ends, prepend=0) - 1
+            order = _shuffled(np.arange(len(self)), self.seed, epoch)
             rows: list[list[int]] = []
             for start in range(0, len(order), _PACK_WINDOW):
                 window = order[start : start + _PACK_WINDOW]
-                packed = [[int(window[i]) for i in row] for row in best_fit(inputs[window].tolist(), self.seq_len)]
+                packed = best_fit(inputs[window].tolist(), self.seq_len)
                 # best_fit begins with the longest: the rows of a window change places at random.
-                rows += [packed[i] for i in permutation(len(packed), self.seed, epoch, start + 1)]
-            self._plans = {epoch: rows}
+                places = _shuffled(np.arange(len(packed)), self.seed, epoch, start)
+                rows += [window[packed[i]].tolist() for i in places]
+            self._plans = {epoch: rows}  # the last one asked for
         return self._plans[epoch]
 
     def rows(self, groups: Sequence[Sequence[int]]) -> Rows:
-        """The given groups of conversations as one micro-batch [B, T]."""
-        shape = (len(groups), self.seq_len)
-        tokens_BT, targets_BT = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
-        segments_BT, positions_BT = np.full(shape, PADDING, np.int32), np.zeros(shape, np.int32)
-        documents: list[list[tuple[int, int, int]]] = []
+        """The given groups of conversations as one batch [B, T]; an empty group is a row of padding."""
+        rows = blank_rows(len(groups), self.seq_len)
         for row, group in enumerate(groups):
             at = 0
-            documents.append([])
-            for segment, number in enumerate(group):
-                stop = int(self._ends[number])
-                start = int(self._ends[number - 1]) if number else 0
+            chunks = []
+            for number in group:
+                start, stop = int(self._ends[number - 1]) if number else 0, int(self._ends[number])
                 ids, mask = self._tokens[start:stop], self._mask[start:stop]
-                here = slice(at, at + len(ids) - 1)
-                tokens_BT[row, here] = ids[:-1]
-                targets_BT[row, here] = np.where(mask[1:], ids[1:], IGNORE)
-                segments_BT[row, here] = segment
-                positions_BT[row, here] = np.arange(len(ids) - 1)
-                documents[-1].append((number, 0, len(ids)))
-                at += len(ids) - 1
-        return Rows(tokens_BT, targets_BT, segments_BT, positions_BT, documents)
+                length = len(ids) - 1
+                rows.tokens_BT[row, at : at + length] = ids[:-1]
+                rows.targets_BT[row, at : at + length] = np.where(mask[1:], ids[1:], IGNORE)
+                chunks.append(Chunk(number, 0, length))
+                at += length
+            mark_segments(rows, row, chunks)
+        return rows
+
+
+def _shuffled(items: np.ndarray, *path: int) -> np.ndarray:
+    seed, *rest = path
+    return items[Permutation(derive(seed, "chat", *rest), len(items))(np.arange(len(items)))]

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-import numpy as np
-
 from trinity.base.errors import UserError
+from trinity.base.rng import Draws
 
 
 class Half(Enum):
@@ -111,28 +110,28 @@ _PLACES = (
 ).split(", ")
 
 
-def draw_keys(rng: np.random.Generator, num_keys: int, half: Half) -> list[str]:
+def draw_keys(draws: Draws, num_keys: int, half: Half) -> list[str]:
     """Different keys (adjective-noun) of one half."""
     keys: list[str] = []
     while len(keys) < num_keys:
-        key = f"{_pick(rng, _ADJECTIVES)}-{_pick(rng, _NOUNS)}"
+        key = f"{_pick(draws, _ADJECTIVES)}-{_pick(draws, _NOUNS)}"
         if half_of(key) is half and key not in keys:
             keys.append(key)
     return keys
 
 
-def draw_values(rng: np.random.Generator, num_values: int, half: Half, digits: int) -> list[str]:
+def draw_values(draws: Draws, num_values: int, half: Half, digits: int) -> list[str]:
     """Different numbers of `digits` digits (no leading zero) of one half."""
     values: list[str] = []
     while len(values) < num_values:
-        value = str(rng.integers(10 ** (digits - 1), 10**digits))
+        value = str(10 ** (digits - 1) + draws.below(9 * 10 ** (digits - 1)))
         if half_of(value) is half and value not in values:
             values.append(value)
     return values
 
 
 class Haystack:
-    """Endless sentences of one half: of given documents, in their order from a random start, or of generated noise.
+    """Endless sentences of one half: of given documents, drawn at random and read from their start, or of generated noise.
 
     A document belongs to the half of its whole text's hash. Raises UserError when no document of this half is given.
     """
@@ -148,14 +147,14 @@ class Haystack:
                     "give more documents, or none to use generated noise"
                 )
 
-    def sentences(self, rng: np.random.Generator) -> Iterator[str]:
+    def sentences(self, draws: Draws) -> Iterator[str]:
         while True:
             if self._documents is None:
-                sentence = _noise(rng)
+                sentence = _noise(draws)
                 if half_of(sentence) is self.half:
                     yield sentence
             else:
-                yield from split_sentences(self._documents[int(rng.integers(len(self._documents)))])
+                yield from split_sentences(self._documents[draws.below(len(self._documents))])
 
 
 def split_sentences(text: str) -> list[str]:
@@ -163,10 +162,10 @@ def split_sentences(text: str) -> list[str]:
     return [piece.strip() for piece in re.split(r"(?<=[.!?])\s+|\n+", text) if piece.strip()]
 
 
-def _noise(rng: np.random.Generator) -> str:
-    first, second = _pick(rng, _NOUNS), _pick(rng, _NOUNS)
-    return f"The {_pick(rng, _ADJECTIVES)} {first} {_pick(rng, _VERBS)} the {second} {_pick(rng, _PLACES)}."
+def _noise(draws: Draws) -> str:
+    first, second = _pick(draws, _NOUNS), _pick(draws, _NOUNS)
+    return f"The {_pick(draws, _ADJECTIVES)} {first} {_pick(draws, _VERBS)} the {second} {_pick(draws, _PLACES)}."
 
 
-def _pick(rng: np.random.Generator, words: Sequence[str]) -> str:
-    return words[int(rng.integers(len(words)))]
+def _pick(draws: Draws, words: Sequence[str]) -> str:
+    return words[draws.below(len(words))]

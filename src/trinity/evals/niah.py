@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from trinity.base.errors import UserError
+from trinity.base.rng import Draws, derive
 from trinity.config import EvalConfig
 from trinity.evals.needles import (
     EVALUATION_WORDINGS,
@@ -57,13 +58,13 @@ def questions(
     for length in settings.niah_lengths:
         for depth in grid(settings.niah_depths):
             for sample in range(settings.niah_samples):
-                rng = np.random.default_rng([seed, length, round(depth * 10**6), sample])
-                wording = EVALUATION_WORDINGS[int(rng.integers(len(EVALUATION_WORDINGS)))]
-                keys = draw_keys(rng, settings.niah_keys, Half.EVALUATION)
-                values = draw_values(rng, settings.niah_keys, Half.EVALUATION, DIGITS)
+                draws = Draws(derive(seed, "niah", length, round(depth * 10**6), sample))
+                wording = EVALUATION_WORDINGS[draws.below(len(EVALUATION_WORDINGS))]
+                keys = draw_keys(draws, settings.niah_keys, Half.EVALUATION)
+                values = draw_values(draws, settings.niah_keys, Half.EVALUATION, DIGITS)
                 tail = tokenizer.encode(wording.ask.format(key=keys[0]))
                 reserve = len(tail) + len(tokenizer.encode(f" {values[0]}"))
-                text = _haystack_with_needles(tokenizer, rng, wording, keys, values, depth, length - reserve, haystack)
+                text = _haystack_with_needles(tokenizer, draws, wording, keys, values, depth, length - reserve, haystack)
                 found.append(Question(text + tail, values[0], length, depth))
     return found
 
@@ -78,22 +79,22 @@ def retrieval_document(
     """
     haystack = haystack or Haystack(Half.TRAINING)
     assert haystack.half is Half.TRAINING
-    rng = np.random.default_rng([seed, index])
-    wording = TRAINING_WORDINGS[int(rng.integers(len(TRAINING_WORDINGS)))]
-    keys = draw_keys(rng, num_keys, Half.TRAINING)
-    values = draw_values(rng, num_keys, Half.TRAINING, DIGITS)
+    draws = Draws(derive(seed, "retrieval", index))
+    wording = TRAINING_WORDINGS[draws.below(len(TRAINING_WORDINGS))]
+    keys = draw_keys(draws, num_keys, Half.TRAINING)
+    values = draw_values(draws, num_keys, Half.TRAINING, DIGITS)
     tail: list[int] = []
-    for i in rng.permutation(num_keys):
+    for i in range(num_keys):
         tail += tokenizer.encode(f"{wording.ask.format(key=keys[i])} {values[i]}.")
     tail.append(tokenizer.eos_id)
-    depth = float(rng.random())
-    body = _haystack_with_needles(tokenizer, rng, wording, keys, values, depth, length - len(tail), haystack)
+    depth = draws.below(1001) / 1000
+    body = _haystack_with_needles(tokenizer, draws, wording, keys, values, depth, length - len(tail), haystack)
     return np.asarray(body + tail, dtype=np.int64)
 
 
 def _haystack_with_needles(
     tokenizer: Tokenizer,
-    rng: np.random.Generator,
+    draws: Draws,
     wording: Wording,
     keys: Sequence[str],
     values: Sequence[str],
@@ -115,7 +116,7 @@ def _haystack_with_needles(
         )
     pieces: list[list[int]] = []
     used = 0
-    for sentence in haystack.sentences(rng):
+    for sentence in haystack.sentences(draws):
         piece = tokenizer.encode(" " + sentence)
         if used + len(piece) > room:
             # A sentence of a real document may be longer than a short haystack: its start is taken.
@@ -126,7 +127,7 @@ def _haystack_with_needles(
         used += len(piece)
     ends = np.concatenate([[0], np.cumsum([len(p) for p in pieces])]) if pieces else np.zeros(1, dtype=np.int64)
     asked = int(np.abs(ends - depth * ends[-1]).argmin())
-    slots = [asked, *rng.integers(len(ends), size=len(needles) - 1).tolist()]
+    slots = [asked, *(draws.below(len(ends)) for _ in needles[1:])]
     tokens = list(intro)
     for i in range(len(ends)):
         for needle, slot in zip(needles, slots, strict=True):
