@@ -1,6 +1,10 @@
 """One thread per test process, so that results repeat and parallel test runs do not fight over cores."""
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("trinity", deadline=None, derandomize=True)
+settings.load_profile("trinity")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,7 +20,7 @@ class TokenizerConfig(Frozen):
 class BalanceConfig(Frozen):
     """How the expert biases move, once per optimizer step (spec section 3)."""
 
-    kind: Literal["smebu", "sign", "quantile", "none"] = "smebu"
+    kind: Literal["smebu", "sign", "none"] = "smebu"
     rate: NonNegativeFloat = 5e-4
     """lambda of SMEBU, gamma of the sign update."""
     kappa: PositiveFloat = 2.0
