@@ -1,28 +1,39 @@
 """Loss and bits per byte on held-out rows, by domain."""
 
 import math
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from trinity.base import dist
 from trinity.data.rows import IGNORE, Rows, to_device
-from trinity.data.validation import ValidationRows
 from trinity.evals.scoring import target_logprobs
+from trinity.model import Transformer
 from trinity.tokenizer import Tokenizer
+
+
+class HeldOut(Protocol):
+    """Fixed rows by domain (`data.validation.ValidationRows` is one)."""
+
+    @property
+    def domains(self) -> Sequence[str]: ...
+    def batches(self, domain: str, micro_rows: int, rank: int = 0, num_ranks: int = 1) -> Iterator[Rows]:
+        """Equally many batches on every rank."""
+        ...
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """Bytes of text that each token stands for [vocab_size], int64; 0 for special tokens and for unused entries."""
     table = np.zeros(vocab_size, np.int64)
-    table[: tokenizer.vocab_size] = tokenizer.token_bytes()
+    for token in range(tokenizer.vocab_size):
+        table[token] = len(tokenizer.decode_bytes([token], skip_special=True))
     return table
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, rows: ValidationRows, bytes_V: np.ndarray, micro_rows: int) -> dict[str, Any]:
+def evaluate(model: Transformer, rows: HeldOut, bytes_V: np.ndarray, micro_rows: int) -> dict[str, Any]:
     """`{loss, bits_per_byte, domains: {name: {loss, bits_per_byte, tokens}}}`; every rank gets the same.
 
     Loss is nats per target token, over all domains together too. Bits per byte counts only tokens that stand for text (the
@@ -41,7 +52,7 @@ def evaluate(model: nn.Module, rows: ValidationRows, bytes_V: np.ndarray, micro_
     return {**_means(totals), "domains": domains}
 
 
-def _sums(model: nn.Module, batch: Rows, bytes_V: np.ndarray, device: torch.device) -> np.ndarray:
+def _sums(model: Transformer, batch: Rows, bytes_V: np.ndarray, device: torch.device) -> np.ndarray:
     nats_BT = -target_logprobs(model, to_device(batch, device)).double().cpu().numpy()
     there_BT = batch.targets_BT != IGNORE
     bytes_BT = np.where(there_BT, bytes_V[np.where(there_BT, batch.targets_BT, 0)], 0)

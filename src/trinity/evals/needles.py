@@ -147,6 +147,16 @@ class Haystack:
                     "give more documents, or none to use generated noise"
                 )
 
+    @classmethod
+    def of(cls, half: Half, documents: Sequence[str]) -> "Haystack":
+        """Documents of the half, or noise when none of those given belongs to it; `kind` tells which."""
+        own = [text for text in documents if half_of(text) is half and text.strip()]
+        return cls(half, own or None)
+
+    @property
+    def kind(self) -> str:
+        return "noise" if self._documents is None else "documents"
+
     def sentences(self, draws: Draws) -> Iterator[str]:
         while True:
             if self._documents is None:

@@ -6,7 +6,7 @@ is asked for stands: 0 at the start, 1 at the end).
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from trinity.base.errors import UserError
 from trinity.base.rng import Draws, derive
 from trinity.config import EvalConfig
+from trinity.evals.generation import Complete
 from trinity.evals.needles import (
     EVALUATION_WORDINGS,
     TRAINING_WORDINGS,
@@ -92,6 +93,18 @@ def retrieval_document(
     return np.asarray(body + tail, dtype=np.int64)
 
 
+def document_size(tokenizer: Tokenizer, num_keys: int) -> int:
+    """Tokens that a retrieval document needs beside its haystack, at most (by a sample of keys, and a quarter on top)."""
+    draws = Draws(derive(0, "size"))
+    sizes = []
+    for wording in TRAINING_WORDINGS:
+        pairs = zip(draw_keys(draws, 16, Half.TRAINING), draw_values(draws, 16, Half.TRAINING, DIGITS), strict=True)
+        texts = [f" {wording.needle.format(key=k, value=v)}{wording.ask.format(key=k)} {v}." for k, v in pairs]
+        longest = max(len(ids) for ids in map(tokenizer.encode, texts))
+        sizes.append(len(tokenizer.encode(wording.intro)) + num_keys * longest + 1)
+    return max(sizes) * 5 // 4
+
+
 def _haystack_with_needles(
     tokenizer: Tokenizer,
     draws: Draws,
@@ -166,10 +179,6 @@ def score_at(record: dict[str, Any], length: int) -> float:
     """Mean score of a record's cells of one length."""
     scores = [cell["score"] for cell in record["grid"] if cell["length"] == length]
     return sum(scores) / len(scores)
-
-
-Complete = Callable[[list[list[int]], int], list[str]]
-"""Greedy completions of token prompts, as text: (prompts, max new tokens) -> texts."""
 
 
 def evaluate(complete: Complete, tokenizer: Tokenizer, asked: Sequence[Question]) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from typing import Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trinity.data.rows import IGNORE
+from trinity.model import Transformer
 from trinity.ops.cross_entropy import token_logprobs
 
 
@@ -22,11 +21,9 @@ class Tokens(Protocol):
     def positions_BT(self) -> Tensor: ...
 
 
-def target_logprobs(model: nn.Module, batch: Tokens) -> Tensor:
+def target_logprobs(model: Transformer, batch: Tokens) -> Tensor:
     """Log-probability of each target [B, T], float32, differentiable; 0 where there is no target."""
     features = model.features(batch.tokens_BT, batch.segments_BT, batch.positions_BT)
-    there_BT = batch.targets_BT != IGNORE
-    logprobs_N = token_logprobs(
-        features.x_BTD.flatten(0, 1), model.head.weight, batch.targets_BT.where(there_BT, 0).flatten()
-    )
-    return torch.where(there_BT, logprobs_N.view_as(there_BT), 0.0)
+    targets_BT = batch.targets_BT
+    logprobs_N = token_logprobs(features.x_BTD.flatten(0, 1), model.head.weight, targets_BT.flatten())
+    return logprobs_N.view_as(targets_BT)
