@@ -11,7 +11,9 @@ class FakeStore:
 
     tokenizer_fingerprint = "a" * 64
 
-    def __init__(self, lengths: Sequence[int], domain_ids: Sequence[int] | None = None, domains: Sequence[str] = ("web",)):
+    def __init__(
+        self, lengths: Sequence[int], domain_ids: Sequence[int] | None = None, domains: Sequence[str] = ("web",)
+    ):
         assert max(lengths) < 10_000
         self.lengths = np.array(lengths, np.int64)
         self.domain_ids = np.array(domain_ids if domain_ids is not None else [0] * len(lengths), np.int32)

@@ -126,7 +126,11 @@ def test_length_bias_draws_by_odds_and_at_most_once_a_pass() -> None:
 def test_state_is_two_numbers_a_domain() -> None:
     stream: DocumentStream = mixture_of(skewed_store(), {"web": 1.0}).stream(0)
     stream.draw(300)
-    assert stream.state_dict() == {"phase": 0, "counts": [0, 300, 0], "tokens": [0, stream.state_dict()["tokens"][1], 0]}
+    assert stream.state_dict() == {
+        "phase": 0,
+        "counts": [0, 300, 0],
+        "tokens": [0, stream.state_dict()["tokens"][1], 0],
+    }
 
 
 def test_fingerprint_names_the_order() -> None:
@@ -145,7 +149,9 @@ def test_fingerprint_names_the_order() -> None:
 
 
 def test_wrong_domains_are_refused() -> None:
-    with pytest.raises(UsageError, match="'bokos', but the domains of the shards are chat, web, books; did you mean 'books'"):
+    with pytest.raises(
+        UsageError, match="'bokos', but the domains of the shards are chat, web, books; did you mean 'books'"
+    ):
         mixture_of(skewed_store(), {"bokos": 1.0})
     with pytest.raises(UserError, match="'b', which has no documents"):
         mixture_of(FakeStore([3], [0], ["a", "b"]), {"b": 1.0})

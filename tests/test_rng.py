@@ -8,7 +8,13 @@ from trinity.data.permutation import Permutation
 
 def test_bits_are_splitmix64() -> None:
     # the published test vector of SplitMix64 with seed 1234567
-    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     assert bits(1234567, np.arange(5)).tolist() == expected
 
 
@@ -36,7 +42,16 @@ def test_uniform_covers_the_unit_interval() -> None:
 
 
 def test_derived_keys_differ_by_every_part_and_by_type() -> None:
-    keys = [derive(0), derive(1), derive(0, 1), derive(0, "1"), derive(0, 1, 2), derive(0, 12), derive(0, "a"), derive(0, "b")]
+    keys = [
+        derive(0),
+        derive(1),
+        derive(0, 1),
+        derive(0, "1"),
+        derive(0, 1, 2),
+        derive(0, 12),
+        derive(0, "a"),
+        derive(0, "b"),
+    ]
     assert len(set(keys)) == len(keys)
 
 

@@ -68,7 +68,9 @@ class Mixture:
                     f"{', '.join(self.domains)}{nearest(name, self.domains)}"
                 )
             if not len(self.members[self.domains.index(name)]):
-                raise UserError(f"phase {phase.name!r} draws from domain {name!r}, which has no documents in the shards")
+                raise UserError(
+                    f"phase {phase.name!r} draws from domain {name!r}, which has no documents in the shards"
+                )
         total = math.fsum(phase.weights.values())
         return [phase.weights.get(name, 0.0) / total for name in self.domains]
 
@@ -161,7 +163,9 @@ class _DomainOrder:
         self._mixture, self._stream = mixture, stream
         self._members = mixture.members[domain]
         self._path = (mixture.seed, mixture.domains[domain])
-        self._longest = int(mixture.store.lengths[self._members].max()) if mixture.length_bias and len(self._members) else 0
+        self._longest = (
+            int(mixture.store.lengths[self._members].max()) if mixture.length_bias and len(self._members) else 0
+        )
         self.count = count
         self._ahead = count  # the first place not looked at yet
         self._found: list[tuple[int, int, int]] = []  # (document, its length, its place), in reverse

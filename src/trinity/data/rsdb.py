@@ -67,7 +67,11 @@ class Pool:
 
     def state_dict(self) -> dict[str, Any]:
         """Document numbers and heads as base64 of little-endian int64: 22 bytes of JSON per document."""
-        return {"documents": pack_column(self.documents), "heads": pack_column(self.heads), "source": self._source.state_dict()}
+        return {
+            "documents": pack_column(self.documents),
+            "heads": pack_column(self.heads),
+            "source": self._source.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._put(unpack_column(state["documents"]), unpack_column(state["heads"]))
