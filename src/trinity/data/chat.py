@@ -145,8 +145,9 @@ class ChatRows:
     def __init__(self, conversations: Iterable[Conversation], tokenizer: Tokenizer, seq_len: int, seed: int = 0):
         self.seq_len, self.seed = seq_len, seed
         self.truncated = self.dropped = 0
-        tokens, masks = [], []
+        tokens, masks, digest = [], [], hashlib.sha256()
         for conversation in conversations:
+            digest.update(conversation.hash)
             ids, mask = tokenizer.encode_chat(conversation.messages, conversation.tools)
             # A row of T inputs has T targets, the last of which needs token T + 1.
             if len(ids) > seq_len + 1:
@@ -159,6 +160,8 @@ class ChatRows:
             masks.append(np.asarray(mask, dtype=bool))
         if not tokens:
             raise UserError(f"there are no conversations with an answer inside {seq_len} tokens to train on")
+        self.fingerprint = digest.hexdigest()
+        """Of the conversations in their order."""
         self._tokens, self._mask = np.concatenate(tokens), np.concatenate(masks)
         self._ends = np.cumsum([len(t) for t in tokens])
         self._plans: dict[int, list[list[int]]] = {}
