@@ -1,13 +1,14 @@
 import json
 import threading
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
-from fake_store import FakeStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fake_store import FakeStore
 from trinity.base.errors import UserError
 from trinity.config import DataConfig, Phase
 from trinity.data.loader import Loader, merge_states
@@ -28,8 +29,8 @@ def store_of(seed: int = 0, scale: int = 1) -> FakeStore:
     return FakeStore([int(n) for n in lengths], ids, ["a", "b", "c"])
 
 
-def loader_of(rank: int = 0, num_ranks: int = 1, prefetch: int = 0, **options) -> Loader:
-    data = DataConfig(**({"buffer": 20, "streams": 8, "max_epochs": 50, "prefetch": prefetch} | options))
+def loader_of(rank: int = 0, num_ranks: int = 1, **options: Any) -> Loader:
+    data = DataConfig.model_validate({"buffer": 20, "streams": 8, "max_epochs": 50, "prefetch": 0} | options)
     return Loader(store_of(), data, PHASES, SEQ_LEN, 11, rank, num_ranks)
 
 
@@ -162,13 +163,18 @@ def test_the_end_of_the_data_is_an_error_with_numbers(prefetch: int) -> None:
     phases = [Phase(name="all", tokens=tokens, weights={"a": 1.0, "b": 1.0, "c": 1.0})]
     served: Counter[int] = Counter()
     with Loader(store, data, phases, SEQ_LEN, 0) as loader:
-        with pytest.raises(
-            UserError, match=rf"the data end at step \d+: stream \d .* phase 'all' .* \({tokens:,} tokens"
-        ):
+
+        def read_on() -> None:
             for step in range(10_000):
                 rows = loader.next_rows(step, 2, 0)
                 served.update(rows.tokens_BT[rows.segments_BT >= 0].tolist())
-        json.dumps(loader.state_dict())
+
+        with pytest.raises(
+            UserError, match=rf"the data end at step \d+: stream \d .* phase 'all' .* \({tokens:,} tokens"
+        ):
+            read_on()
+        state = loader.state_dict()
+    assert sum(served.values()) <= state["rows"] * SEQ_LEN  # the state after the last whole batch
     assert max(served.values()) == 1
     assert len(served) > 0.6 * tokens  # one stream ends before the other
 
@@ -177,7 +183,7 @@ def test_a_phase_keeps_the_pool_and_draws_from_its_own_domains() -> None:
     loader = loader_of(streams=1)
     domains = [
         {
-            int(loader._mixture.store.domain_ids[doc])
+            int(loader.mixture.store.domain_ids[doc])
             for chunks in loader.next_rows(s, 8, int(s >= 4)).documents
             for doc, _, _ in chunks
         }
@@ -191,13 +197,16 @@ def test_a_phase_keeps_the_pool_and_draws_from_its_own_domains() -> None:
 def test_wrong_sizes_and_wrong_tokenizer_are_refused() -> None:
     with pytest.raises(UserError, match=r"3 data-parallel ranks cannot share data.streams = 8: .* \[1, 2, 4, 8\]"):
         loader_of(0, 3)
-    with pytest.raises(UserError, match="step 7 has 10 rows, which 4 data-parallel ranks .* 8 or 12 rows"):
+    with pytest.raises(UserError, match=r"step 7 has 10 rows, which 4 data-parallel ranks .* 8 or 12 rows"):
         loader_of(1, 4).next_rows(7, 10, 0)
+    big = Phase(name="big", tokens=1_000_000, weights={"web": 1.0})
+    half = Phase(name="half", tokens=20, weights={"web": 1.0})
+    with pytest.raises(UserError, match=r"the phases ask for 40 tokens, but the domains hold 30"):
+        Loader(FakeStore([4, 6]), DataConfig(max_epochs=3), [half, half], SEQ_LEN, 0)
     with pytest.raises(
-        UserError, match="the phases ask for 1,000,000 tokens, but their domains hold 30 in data.max_epochs = 3"
+        UserError, match=r"phase 'big' asks for 1,000,000 tokens, but the domains hold 30 in data.max_epochs = 3"
     ):
-        phase = Phase(name="big", tokens=1_000_000, weights={"web": 1.0})
-        Loader(FakeStore([4, 6]), DataConfig(max_epochs=3), [phase], SEQ_LEN, 0)
+        Loader(FakeStore([4, 6]), DataConfig(max_epochs=3), [big], SEQ_LEN, 0)
     with pytest.raises(
         UserError,
         match=r"SHARDS were made with another tokenizer \(fingerprint aaaaaaaaaaaa\) than .* \(bbbbbbbbbbbb\)",
@@ -225,9 +234,8 @@ def test_state_stays_under_a_mebibyte_at_8192_documents() -> None:
 
 
 def test_fingerprint_of_the_loader() -> None:
-    prints = {
-        loader_of(**options).fingerprint for options in ({}, {"buffer": 21}, {"packing": "concat"}, {"streams": 4})
-    }
+    variants: list[dict[str, Any]] = [{}, {"buffer": 21}, {"packing": "concat"}, {"streams": 4}]
+    prints = {loader_of(**options).fingerprint for options in variants}
     assert len(prints) == 4
     assert loader_of(0, 1).fingerprint == loader_of(1, 2, prefetch=1).fingerprint
 

@@ -2,10 +2,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from fake_store import FakeStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fake_store import FakeStore
 from trinity.base.errors import UsageError, UserError
 from trinity.config import Phase
 from trinity.data.mixture import DocumentStream, Mixture
@@ -131,6 +131,17 @@ def test_state_is_two_numbers_a_domain() -> None:
         "counts": [0, 300, 0],
         "tokens": [0, stream.state_dict()["tokens"][1], 0],
     }
+
+
+def test_passes_and_supply_count_tokens() -> None:
+    store = FakeStore([10, 30, 5, 15], [0, 0, 1, 1], ["a", "b"])
+    phases = [
+        Phase(name="x", tokens=80, weights={"a": 3.0, "b": 1.0}),
+        Phase(name="y", tokens=20, weights={"b": 1.0}),
+    ]
+    mixture = Mixture(store, phases, streams=1, seed=0, max_epochs=3)
+    assert mixture.passes() == {"a": 1.5, "b": 2.0}
+    assert (mixture.supply(0), mixture.supply(1), mixture.supply()) == (180, 60, 180)
 
 
 def test_fingerprint_names_the_order() -> None:

@@ -1,16 +1,17 @@
 import json
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import pytest
-from fake_store import FakeStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fake_store import FakeStore
 from trinity.config import Phase
 from trinity.data.mixture import Mixture
 from trinity.data.packing import BestFit, Concat
-from trinity.data.rows import IGNORE, Packer, Rows, blank_rows, mark_segments
+from trinity.data.rows import IGNORE, Chunk, Packer, Rows, empty_rows, finish_row
 from trinity.data.rsdb import RSDB, DocumentSource, ReferenceRSDB
 
 Make = Callable[[FakeStore, DocumentSource, int], Packer]
@@ -28,14 +29,18 @@ def source_of(store: FakeStore, streams: int = 1, stream: int = 0, epochs: int =
     return Mixture(store, phases, streams=streams, seed=3, max_epochs=epochs).stream(stream)
 
 
-def fill(packer: Packer, seq_len: int, most: int = 10_000) -> Rows:
+class Filler(Protocol):
+    def fill(self, tokens_T: np.ndarray, targets_T: np.ndarray) -> list[Chunk]: ...
+
+
+def fill(packer: Filler, seq_len: int, most: int = 10_000) -> Rows:
     """Rows until the documents are used up."""
-    rows = blank_rows(most, seq_len)
+    rows = empty_rows(most, seq_len)
     for row in range(most):
         chunks = packer.fill(rows.tokens_BT[row], rows.targets_BT[row])
         if not chunks:
             return rows[:row]
-        mark_segments(rows, row, chunks)
+        finish_row(rows, row, chunks)
     return rows
 
 

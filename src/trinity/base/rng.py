@@ -20,7 +20,7 @@ def derive(seed: int, *path: int | str) -> int:
 
 
 def mix(words: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser on uint64 words of any shape: a bijection in which every input bit moves every output bit."""
+    """SplitMix64's finaliser on uint64 words of any shape: a bijection, each input bit reaches every output bit."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))

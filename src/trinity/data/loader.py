@@ -1,8 +1,8 @@
 """The same global batches whatever the number of ranks, from small state, assembled ahead of the step.
 
-The data are S fixed logical streams, each with a share of every domain and a packer of its own. Row g of the run (counted
-over all steps and ranks) comes from stream g mod S; rank r of R serves the streams s with s mod R = r, which are the rows
-j with j mod R = r of every step, because R divides S and the rows of each step. Neither R nor a restart changes a batch.
+The data are S fixed logical streams, each with a share of every domain and a packer of its own. Row g of the run
+(counted over all steps and ranks) comes from stream g mod S; rank r of R serves the streams s with s mod R = r. Because
+R divides S and the rows of every step, each rank has as many rows of a step. Neither R nor a restart changes a batch.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from trinity.base.rng import derive
 from trinity.config import DataConfig, Phase
 from trinity.data.mixture import Mixture
 from trinity.data.packing import BestFit, Concat
-from trinity.data.rows import DocumentStore, Packer, Rows, blank_rows, mark_segments
+from trinity.data.rows import DocumentStore, Packer, Rows, empty_rows, finish_row
 from trinity.data.rsdb import RSDB
 
 
-class EndOfData(UserError):
+class EndOfDataError(UserError):
     """A stream has no document left."""
 
 
@@ -36,8 +36,8 @@ class Loader:
 
     `seq_len` is T. `length_bias` favours long documents (`mixture.Mixture`). `tokenizer_fingerprint`, where given, must
     be the one that the shards were made with.
-    Raises UserError when the number of ranks does not divide `settings.streams`, when the tokenizer is another one, when
-    the phases ask for more tokens than there are, and what `Mixture` raises.
+    Raises UserError when the number of ranks does not divide `settings.streams`, when the tokenizer is another one and
+    when the phases ask for more tokens than there are; also what `Mixture` raises.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class Loader:
         if settings.streams % num_ranks:
             divisors = [n for n in range(1, settings.streams + 1) if settings.streams % n == 0]
             raise UserError(
-                f"{num_ranks} data-parallel ranks cannot share data.streams = {settings.streams}: use a number of ranks "
-                f"out of {divisors}, or for a new run a multiple of {num_ranks} as data.streams"
+                f"{num_ranks} data-parallel ranks cannot share data.streams = {settings.streams}: use a number of "
+                f"ranks out of {divisors}, or for a new run a multiple of {num_ranks} as data.streams"
             )
         if tokenizer_fingerprint is not None and tokenizer_fingerprint != store.tokenizer_fingerprint:
             raise UserError(
@@ -67,7 +67,7 @@ class Loader:
                 f"({tokenizer_fingerprint[:12]}): point data.tokenizer at the right one or prepare the shards again"
             )
         self._settings, self._seq_len, self._num_ranks = settings, seq_len, num_ranks
-        self._mixture = Mixture(
+        self.mixture = Mixture(
             store,
             phases,
             streams=settings.streams,
@@ -76,7 +76,7 @@ class Loader:
             length_bias=length_bias,
         )
         self._check_supply()
-        self._streams = {s: self._mixture.stream(s) for s in range(rank, settings.streams, num_ranks)}
+        self._streams = {s: self.mixture.stream(s) for s in range(rank, settings.streams, num_ranks)}
         self._packers = {s: self._packer(store, s) for s in self._streams}
         self._num_rows = 0  # of all ranks, assembled so far
         self._consumed = self._snapshot()
@@ -86,7 +86,7 @@ class Loader:
     def _packer(self, store: DocumentStore, stream: int) -> Packer:
         settings, source = self._settings, self._streams[stream]
         size = -(-settings.buffer // settings.streams)
-        key = derive(self._mixture.seed, settings.packing, stream)
+        key = derive(self.mixture.seed, settings.packing, stream)
         match settings.packing:
             case "rsdb":
                 return RSDB(store, source, size, key)
@@ -98,25 +98,29 @@ class Loader:
                 return Concat(store, source, several=False)
 
     def _check_supply(self) -> None:
-        asked, held = sum(phase.tokens for phase in self._mixture.phases), self._mixture.supply()
-        if self._settings.packing in ("rsdb", "concat") and asked > held:  # the others also count padding
-            raise UserError(
-                f"the phases ask for {asked:,} tokens, but their domains hold {held:,} in data.max_epochs = "
-                f"{self._settings.max_epochs} passes: ask for fewer, allow more passes, or prepare more text"
-            )
+        if self._settings.packing not in ("rsdb", "concat"):
+            return  # a phase's tokens also count padding, whose amount is not known beforehand
+        phases = self.mixture.phases
+        checks = [(f"phase {p.name!r} asks", p.tokens, self.mixture.supply(i)) for i, p in enumerate(phases)]
+        for who, asked, held in [*checks, ("the phases ask", sum(p.tokens for p in phases), self.mixture.supply())]:
+            if asked > held:
+                raise UserError(
+                    f"{who} for {asked:,} tokens, but the domains hold {held:,} in data.max_epochs = "
+                    f"{self._settings.max_epochs} passes: ask for fewer, allow more passes, or prepare more text"
+                )
 
     @property
     def fingerprint(self) -> str:
         """Changes with whatever changes the batches, but for the rows of each step and the number of ranks."""
         settings = self._settings
-        parts = [self._mixture.fingerprint, settings.packing, settings.buffer, self._seq_len]
+        parts = [self.mixture.fingerprint, settings.packing, settings.buffer, self._seq_len]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def next_rows(self, step: int, num_rows: int, phase: int) -> Rows:
-        """This rank's part, `num_rows` / ranks rows, of the next global batch of `num_rows` rows, drawn from `phases[phase]`.
+        """This rank's part of the next global batch: `num_rows` / ranks rows, refilled from `phases[phase]`.
 
-        The batch depends on what was asked for before, not on `step`, which only names the step in an error: after a
-        rollback, batches can be skipped by asking for them and dropping them.
+        `num_rows` is the whole step's, over all ranks. The batch depends on what was asked for before, not on `step`,
+        which only names the step in an error: after a rollback, batches are skipped by asking for them and dropping them.
         Raises UserError when ranks do not divide `num_rows` and when a stream is at its end; the state stays as it was.
         """
         if num_rows % self._num_ranks:
@@ -131,7 +135,7 @@ class Loader:
             rows, self._consumed = self._take(request)
         except BaseException as error:
             self._rewind()
-            if isinstance(error, EndOfData):
+            if isinstance(error, EndOfDataError):
                 raise UserError(f"the data end at step {step}: {error}") from error
             raise
         if self._worker:  # the next step most likely asks for the same; if not, `_take` starts over from `_consumed`
@@ -164,21 +168,22 @@ class Loader:
             stream.set_phase(request.phase)
         numbers = [n % self._settings.streams for n in range(self._num_rows, self._num_rows + request.num_rows)]
         mine = [number for number in numbers if number in self._packers]
-        rows = blank_rows(len(mine), self._seq_len)
+        rows = empty_rows(len(mine), self._seq_len)
         for row, number in enumerate(mine):
             chunks = self._packers[number].fill(rows.tokens_BT[row], rows.targets_BT[row])
             if not chunks:
-                raise EndOfData(self._describe_end(number, request.phase))
-            mark_segments(rows, row, chunks)
+                raise EndOfDataError(self._describe_end(number, request.phase))
+            finish_row(rows, row, chunks)
         self._num_rows += request.num_rows
         return rows, self._snapshot()
 
     def _describe_end(self, stream: int, phase: int) -> str:
-        mixture = self._mixture
+        mixture = self.mixture
         return (
             f"stream {stream} of {mixture.num_streams} has read every document of phase {mixture.phases[phase].name!r} "
-            f"data.max_epochs = {mixture.max_epochs} times ({mixture.supply(phase):,} tokens over all streams, about "
-            f"{self._num_rows * self._seq_len:,} were served): ask for fewer tokens, allow more passes, or prepare more text"
+            f"data.max_epochs = {mixture.max_epochs} times ({mixture.supply(phase):,} tokens over all streams, and about "
+            f"{self._num_rows * self._seq_len:,} were served in this and other phases): ask for fewer tokens, allow more "
+            "passes, or prepare more text"
         )
 
     def _snapshot(self) -> dict[str, Any]:
@@ -191,11 +196,11 @@ class Loader:
     def _order(self) -> dict[str, Any]:
         """What must be the same for a saved state to mean the same documents."""
         return {
-            "shards": self._mixture.store.fingerprint,
-            "seed": self._mixture.seed,
-            "streams": self._mixture.num_streams,
+            "shards": self.mixture.store.fingerprint,
+            "seed": self.mixture.seed,
+            "streams": self.mixture.num_streams,
             "packing": self._settings.packing,
-            "length_bias": self._mixture.length_bias,
+            "length_bias": self.mixture.length_bias,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -206,7 +211,8 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """The state after the last rows handed out, whatever was assembled ahead: small, JSON.
 
-        It holds the streams of this rank; `merge_states` joins those of all ranks to a state that any number of ranks loads.
+        It holds the streams of this rank; `merge_states` joins those of all ranks to a state that any number of ranks
+        loads. Treat it as read-only.
         """
         return self._consumed
 
@@ -215,10 +221,10 @@ class Loader:
         for name, value in self._order().items():
             if state["order"][name] != value:
                 raise UserError(
-                    f"the saved data state does not fit: it was written with {name} = {state['order'][name]}, and this run "
-                    f"has {value}; resume with the same value or start a new run"
+                    f"the saved data state does not fit: it was written with {name} = {state['order'][name]}, and this "
+                    f"run has {value}; resume with the same value or start a new run"
                 )
-        missing = [s for s in range(self._mixture.num_streams) if str(s) not in state["streams"]]
+        missing = [s for s in range(self.mixture.num_streams) if str(s) not in state["streams"]]
         if missing:
             raise UserError(f"the saved data state is incomplete: streams {missing} of other ranks are missing from it")
         self._settle()

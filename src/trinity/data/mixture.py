@@ -4,15 +4,19 @@ Inside a domain of n documents, document number c of stream s (of S) is number p
 is read in pass p // n over the domain, at place p % n of that pass's pseudorandom order. Nothing is shuffled in memory,
 every pass reads every document once, and a stream is moved to any place by setting c.
 
-Between domains, documents are drawn so that the *tokens* drawn keep the shares that the weights ask for. With t_d tokens
-drawn from domain d in this phase, l_d the length of its next document and w_d its share, the domain with the smallest
+Between domains, documents are drawn so that the *tokens* drawn keep the shares that the weights ask for. With t_d
+tokens drawn from domain d in this phase, l_d the length of its next document and w_d its share, the domain with the
+smallest
 
     (t_d + u * l_d) / w_d
 
-is next (weighted fair queueing, Demers, Keshav, Shenker 1989, with a document served at a fraction u of its
-transmission). No domain is ever away from its share by more than its longest document. u is spread evenly over the
-streams in an order of its own for each domain and phase: the expected share is exact from the first token on, and a
-rare domain of very long documents neither rushes into the start of every stream nor waits for the end of the run.
+is next: weighted fair queueing (Demers, Keshav, Shenker 1989) in which a document counts as served at a fraction u of
+its length. No domain is ever away from its share by more than the longest documents. u differs by stream, spread evenly
+over (0, 1) in an order of its own for each domain and phase. So the expected share is exact from the first token on: a
+rare domain of very long documents neither crowds the start of every stream nor waits for the end of the run.
+
+The shares are those of the documents drawn. A packer that holds documents back, as `rsdb.py` does, serves long ones
+later than short ones; over a phase much longer than its pool the shares served are the same.
 """
 
 import hashlib
@@ -35,9 +39,9 @@ _BLOCK = 1024
 class Mixture:
     """The documents of every domain and the shares of every phase: what all streams have in common.
 
-    `max_epochs` passes over a domain are made, then it leaves the mixture and the others share its part by their weights.
-    `length_bias` > 0 draws a document with odds length ** length_bias inside its domain: each pass looks at every document
-    once and takes it with probability (length / longest) ** length_bias. So the order stays random access, and no
+    After `max_epochs` passes over a domain it leaves the mixture, and the others share its part by their weights.
+    `length_bias` > 0 draws a document with odds length ** length_bias inside its domain: each pass looks at every
+    document once and takes it with probability (length / longest) ** length_bias. The order stays random access, and no
     document is read more than `max_epochs` times however long it is.
     Raises UsageError for a domain that the shards lack, UserError for one without documents.
     """
@@ -58,6 +62,7 @@ class Mixture:
         self.domains = list(store.domains)
         kind = np.uint32 if store.num_documents < 1 << 32 else np.int64
         self.members = [np.flatnonzero(store.domain_ids == d).astype(kind) for d in range(len(self.domains))]
+        self.num_tokens = [int(store.lengths[members].sum()) for members in self.members]  # by domain
         self.shares = [self._shares(phase) for phase in self.phases]
 
     def _shares(self, phase: Phase) -> list[float]:
@@ -90,8 +95,16 @@ class Mixture:
     def supply(self, phase: int | None = None) -> int:
         """Tokens that the domains of a phase (or of any phase) hold, all passes counted."""
         chosen = self.shares if phase is None else [self.shares[phase]]
-        used = [members for d, members in enumerate(self.members) if any(shares[d] for shares in chosen)]
-        return self.max_epochs * sum(int(self.store.lengths[members].sum()) for members in used)
+        used = [tokens for d, tokens in enumerate(self.num_tokens) if any(shares[d] for shares in chosen)]
+        return self.max_epochs * sum(used)
+
+    def passes(self) -> dict[str, float]:
+        """Passes over each domain that the phases ask for in all; beyond `max_epochs` the domain leaves before the end."""
+        passes = {}
+        for d, (name, held) in enumerate(zip(self.domains, self.num_tokens, strict=True)):
+            asked = math.fsum(p.tokens * shares[d] for p, shares in zip(self.phases, self.shares, strict=True))
+            passes[name] = asked / held if asked else 0.0
+        return passes
 
     def stream(self, number: int) -> "DocumentStream":
         return DocumentStream(self, number)

@@ -49,8 +49,8 @@ class BestFit:
     """Whole documents from a pool of `size` to 2 * `size`.
 
     A row begins with a random document of the pool and is filled up with the longest that still fits, until none does;
-    the rest is padding. A document longer than a row fills whole rows until what is left of it fits into one. (The paper
-    begins each row with the longest document, which sorts a stream by length.)
+    the rest is padding. A document longer than a row fills whole rows until what is left of it fits into one. The paper
+    begins each row with the longest document, which on a stream would sort by length.
     """
 
     def __init__(self, store: DocumentStore, source: DocumentSource, size: int, key: int) -> None:

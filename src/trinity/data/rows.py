@@ -48,7 +48,7 @@ class Packer(Protocol):
     def fill(self, tokens_T: np.ndarray, targets_T: np.ndarray) -> list[Chunk]:
         """Write one row from the left and say what is in it; positions after the last chunk are left alone.
 
-        An empty list means that the documents are used up.
+        An empty list means that no document is left.
         """
         ...
 
@@ -60,8 +60,9 @@ class Packer(Protocol):
 class Rows:
     """A batch of B rows of T tokens.
 
-    `targets_BT` is the token that follows in the document, -100 where there is none. `segments_BT` numbers the chunks of
-    a row from 0, -1 is padding. `positions_BT` restart at 0 with each segment. `documents[b]` lists the row's chunks.
+    `tokens_BT` and `targets_BT` are int64, `segments_BT` and `positions_BT` int32. A target is the token that follows
+    in the document, -100 where there is none. Segments number the chunks of a row from 0; -1 is padding. Positions
+    restart at 0 with each segment. `documents[b]` lists the chunks of row b.
     """
 
     tokens_BT: np.ndarray
@@ -97,20 +98,20 @@ class TensorRows(NamedTuple):
     positions_BT: "torch.Tensor"
 
 
-def blank_rows(num_rows: int, seq_len: int) -> Rows:
-    """Rows of padding, to be filled and then marked by `mark_segments`."""
+def empty_rows(num_rows: int, seq_len: int) -> Rows:
+    """Rows of undefined content: write tokens and targets, then `finish_row` each of them."""
     shape = (num_rows, seq_len)
     return Rows(
-        tokens_BT=np.full(shape, PAD_TOKEN, np.int64),
-        targets_BT=np.full(shape, IGNORE, np.int64),
-        segments_BT=np.full(shape, -1, np.int32),
-        positions_BT=np.zeros(shape, np.int32),
+        tokens_BT=np.empty(shape, np.int64),
+        targets_BT=np.empty(shape, np.int64),
+        segments_BT=np.empty(shape, np.int32),
+        positions_BT=np.empty(shape, np.int32),
         documents=[[] for _ in range(num_rows)],
     )
 
 
-def mark_segments(rows: Rows, row: int, chunks: list[Chunk]) -> None:
-    """Write segments, positions and documents of one row from its chunks."""
+def finish_row(rows: Rows, row: int, chunks: list[Chunk]) -> None:
+    """Write segments, positions and documents of a row whose tokens and targets hold `chunks`, and pad what is left."""
     at = 0
     segments_T, positions_T = rows.segments_BT[row], rows.positions_BT[row]
     counting_T = np.arange(len(segments_T), dtype=np.int32)
@@ -118,10 +119,16 @@ def mark_segments(rows: Rows, row: int, chunks: list[Chunk]) -> None:
         segments_T[at : at + length] = number
         positions_T[at : at + length] = counting_T[:length]
         at += length
+    rows.tokens_BT[row, at:] = PAD_TOKEN
+    rows.targets_BT[row, at:] = IGNORE
+    segments_T[at:] = -1
+    positions_T[at:] = 0
     rows.documents[row] = chunks
 
 
-def copy_chunk(store: DocumentStore, chunk: Chunk, is_end: bool, at: int, tokens_T: np.ndarray, targets_T: np.ndarray):
+def copy_chunk(
+    store: DocumentStore, chunk: Chunk, is_end: bool, at: int, tokens_T: np.ndarray, targets_T: np.ndarray
+) -> None:
     """Copy a chunk to position `at` of a row.
 
     The target of its last token is the document's next token, wherever that one will be an input; the document's last

@@ -6,7 +6,7 @@ import numpy as np
 
 from trinity.base.rng import derive
 from trinity.data.permutation import Permutation
-from trinity.data.rows import Chunk, DocumentStore, Rows, blank_rows, copy_chunk, mark_segments
+from trinity.data.rows import Chunk, DocumentStore, Rows, copy_chunk, empty_rows, finish_row
 
 
 class ValidationRows:
@@ -44,18 +44,20 @@ class ValidationRows:
         return rows
 
     def batches(self, domain: str, micro_rows: int, rank: int = 0, num_ranks: int = 1) -> Iterator[Rows]:
-        """Rank's rows (r, r + ranks, ...) of a domain, `micro_rows` at a time: equally many batches of equal size on each
-        rank, filled up with padding."""
+        """The rows of a domain that are this rank's, `micro_rows` at a time.
+
+        Every rank has as many batches of the same sizes as the others; where rows are missing it gets padding.
+        """
         planned = self._rows[domain]
         per_rank = -(-len(planned) // num_ranks)
         mine = planned[rank::num_ranks]
         for start in range(0, per_rank, micro_rows):
-            rows = blank_rows(min(micro_rows, per_rank - start), self._seq_len)
-            for row, chunks in enumerate(mine[start : start + micro_rows]):
-                at = 0
+            rows = empty_rows(min(micro_rows, per_rank - start), self._seq_len)
+            for row in range(len(rows)):
+                at, chunks = 0, mine[start + row] if start + row < len(mine) else []
                 for chunk in chunks:
                     is_end = chunk.length == self._store.lengths[chunk.doc]
                     copy_chunk(self._store, chunk, is_end, at, rows.tokens_BT[row], rows.targets_BT[row])
                     at += chunk.length
-                mark_segments(rows, row, chunks)
+                finish_row(rows, row, chunks)
             yield rows
