@@ -1,49 +1,32 @@
 """Export a model to a public `afmoe` directory, whole and proven, or not at all."""
 
 import hashlib
-import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
-from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
 
 from trinity.base.errors import UserError
-from trinity.base.files import read_json, sync_folder, write_json
+from trinity.base.files import sync_folder, write_json
 from trinity.config import ModelConfig
 from trinity.export.card import model_card
 from trinity.export.config import config_to_public
 from trinity.export.parity import ParityReport, check_parity
 from trinity.export.writing import write_weights
+from trinity.model import Transformer
+from trinity.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-CHAT_END = "<|im_end|>"
-
-
-class ExportedTokenizer(Protocol):
-    """What the export needs of `trinity.tokenizer.Tokenizer`."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def eos_id(self) -> int: ...
-    @property
-    def pad_id(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def encode(self, text: str) -> list[int]: ...
-    def save(self, directory: Path) -> None: ...
 
 
 def export_afmoe(
-    model: nn.Module,
+    model: Transformer,
     config: ModelConfig,
-    tokenizer: ExportedTokenizer | None,
+    tokenizer: Tokenizer | None,
     out_dir: Path | str,
     *,
     dtype: torch.dtype = torch.bfloat16,
@@ -81,9 +64,9 @@ def export_afmoe(
         write_weights(state, config, folder, dtype, max_shard_bytes)
         write_json(folder / "config.json", public)
         if tokenizer is not None:
-            tokenizer.save(folder)
-        write_json(folder / "generation_config.json", _generation_config(folder, public))
-        report = check_parity(model, config, folder, dtype=dtype, tokenizer=tokenizer)
+            tokenizer.save(folder, model_max_length=config.max_positions)
+        write_json(folder / "generation_config.json", _generation_config(tokenizer))
+        report = check_parity(model, folder, dtype=dtype, tokenizer=tokenizer)
         facts = {"weights": weights_fingerprint(folder)}
         if tokenizer is not None:
             facts["tokenizer"] = tokenizer.fingerprint
@@ -102,14 +85,11 @@ def weights_fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _generation_config(folder: Path, public: Mapping[str, Any]) -> dict[str, Any]:
-    """Stop tokens for engines that sample: the end of a document and, where the tokenizer has it, of a chat turn."""
-    eos = public["eos_token_id"]
-    stops = [] if eos is None else [eos]
-    if (folder / "tokenizer.json").exists():
-        added = read_json(folder / "tokenizer.json").get("added_tokens", [])
-        stops += [token["id"] for token in added if token["content"] == CHAT_END and token["id"] not in stops]
-    return {"eos_token_id": stops or None, "pad_token_id": public["pad_token_id"], "do_sample": False}
+def _generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Greedy by default; the stop tokens are the ends of a document and of a chat turn."""
+    if tokenizer is None:
+        return {"do_sample": False}
+    return {"eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.pad_id, "do_sample": False}
 
 
 @contextmanager

@@ -21,18 +21,22 @@ Get = Callable[[str], torch.Tensor]
 
 class OracleOutput(NamedTuple):
     logits_BTV: torch.Tensor
-    counts_LE: torch.Tensor
-    """Tokens that each expert of each MoE layer got, int64."""
-    margin_LN: torch.Tensor
-    """Distance between the last chosen and the first unchosen biased score; near zero a choice may fall either way."""
+    indices_LNk: torch.Tensor
+    """The experts that the files choose for each token in each MoE layer, int64."""
+    regret_LN: torch.Tensor
+    """How far the worst expert that was used lies, in biased score, below the worst that the files choose."""
 
 
 @torch.no_grad()
-def oracle_forward(directory: Path, tokens_BT: torch.Tensor) -> OracleOutput:
-    """Logits and routing in float32 of the model in `directory`; every row is one document from position 0."""
+def oracle_forward(directory: Path, tokens_BT: torch.Tensor, replay_LNk: torch.Tensor | None = None) -> OracleOutput:
+    """Logits and routing in float32 of the model in `directory`; every row is one document from position 0.
+
+    With `replay_LNk` those experts are used instead of the files' choice, weighed by the files' scores: two computations
+    that differ by rounding may break a tie differently, after which their logits could not be compared.
+    """
     raw = read_json(directory / "config.json")
     eps = raw["rms_norm_eps"]
-    counts, margins = [], []
+    indices, regrets = [], []
     with TensorFiles(directory, raw.get("quantization_config")) as files:
 
         def get(name: str) -> torch.Tensor:
@@ -54,16 +58,17 @@ def oracle_forward(directory: Path, tokens_BT: torch.Tensor) -> OracleOutput:
             if i < raw["num_dense_layers"]:
                 mixed = _swiglu(_scope(layer, "mlp."), h_BTD)
             else:
-                mixed, counts_E, margin_N = _moe(_scope(layer, "mlp."), h_BTD, raw)
-                counts.append(counts_E)
-                margins.append(margin_N)
+                replay_Nk = None if replay_LNk is None else replay_LNk[len(indices)]
+                mixed, index_Nk, regret_N = _moe(_scope(layer, "mlp."), h_BTD, raw, replay_Nk)
+                indices.append(index_Nk)
+                regrets.append(regret_N)
             x_BTD = x_BTD + _rms(mixed, layer("post_mlp_layernorm.weight"), eps)
         logits_BTV = _rms(x_BTD, get("model.norm.weight"), eps) @ get("lm_head.weight").T
-    empty = torch.zeros(0, raw["num_experts"], dtype=torch.int64)
+    num_tokens = tokens_BT.numel()
     return OracleOutput(
         logits_BTV,
-        torch.stack(counts) if counts else empty,
-        torch.stack(margins) if margins else torch.zeros(0, tokens_BT.numel()),
+        torch.stack(indices) if indices else torch.zeros(0, num_tokens, raw["num_experts_per_tok"], dtype=torch.int64),
+        torch.stack(regrets) if regrets else torch.zeros(0, num_tokens),
     )
 
 
@@ -111,22 +116,22 @@ def _swiglu(get: Get, h: torch.Tensor) -> torch.Tensor:
     return (F.silu(gate) * up) @ get("down_proj.weight").T
 
 
-def _moe(get: Get, h_BTD: torch.Tensor, raw: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _moe(
+    get: Get, h_BTD: torch.Tensor, raw: Mapping[str, Any], replay_Nk: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     h_ND = h_BTD.flatten(0, 1)
-    experts, chosen = raw["num_experts"], raw["num_experts_per_tok"]
     scores_NE = torch.sigmoid(h_ND @ get("router.gate.weight").T)
     biased_NE = scores_NE + get("expert_bias")
-    ranked_NE = biased_NE.sort(dim=-1, descending=True).values
-    margin_N = (ranked_NE[:, chosen - 1] - ranked_NE[:, chosen]) if chosen < experts else torch.ones(len(h_ND))
-    index_Nk = biased_NE.topk(chosen, dim=-1).indices
-    weight_Nk = scores_NE.gather(1, index_Nk)
+    best_Nk, index_Nk = biased_NE.topk(raw["num_experts_per_tok"], dim=-1)
+    used_Nk = index_Nk if replay_Nk is None else replay_Nk
+    regret_N = best_Nk.amin(-1) - biased_NE.gather(1, used_Nk).amin(-1)
+    weight_Nk = scores_NE.gather(1, used_Nk)
     if raw["route_norm"]:
         weight_Nk = weight_Nk / (weight_Nk.sum(-1, keepdim=True) + 1e-20)
     weight_Nk = weight_Nk * raw["route_scale"]
     out_ND = _swiglu(_scope(get, "shared_experts."), h_ND) if raw["num_shared_experts"] else torch.zeros_like(h_ND)
-    for e in range(experts):
-        rows, place = (index_Nk == e).nonzero(as_tuple=True)
+    for e in range(raw["num_experts"]):
+        rows, place = (used_Nk == e).nonzero(as_tuple=True)
         if len(rows):
             out_ND[rows] += weight_Nk[rows, place, None] * _swiglu(_scope(get, f"experts.{e}."), h_ND[rows])
-    counts_E = torch.bincount(index_Nk.flatten(), minlength=experts)
-    return out_ND.view_as(h_BTD), counts_E, margin_N
+    return out_ND.view_as(h_BTD), index_Nk, regret_N

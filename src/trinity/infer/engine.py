@@ -248,7 +248,11 @@ class Engine:
         params = [request.params for request in requests]
         uniform = [request.uniform.next() if request.params.temperature > 0 else 0.0 for request in requests]
         tokens_B, logprobs_B = sample(
-            self.model.head(x_BD), params, uniform, [request.seen for request in requests]
+            self.model.head(x_BD),
+            params,
+            uniform,
+            [request.seen for request in requests],
+            None if self.decoder is None else self.decoder.vocab_size,
         )
         # The one point of a step where the host waits for the device.
         tokens, logprobs = tokens_B.tolist(), logprobs_B.tolist()
@@ -270,7 +274,7 @@ class Engine:
                 finish = "stop"
         if finish is not None:
             text += self._finish(request, finish)
-        return Event(request, token, logprob, text, finish)
+        return Event(request, token, logprob, text, completion.finish)
 
     def _finish(self, request: Request, finish: Finish) -> str:
         """Give the slot back and close the text; returns the rest of it."""

@@ -64,16 +64,21 @@ def sample(
     params: Sequence[SamplingParams],
     uniform: Sequence[float],
     seen: Sequence[torch.Tensor | None],
+    vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Next tokens [B] int64 and their log-probabilities [B] float32.
 
-    `uniform` has one number in [0, 1) a row; `seen` the distinct tokens of the rows that have a repetition penalty.
+    `uniform` has one number in [0, 1) a row; `seen` marks, bool [V], the tokens of the prompt and the answer so far in rows
+    with a repetition penalty. Ids from `vocab_size` on, where the model has more rows than the tokenizer, never come.
     The log-probability is the model's own, log_softmax of the logits as they came: neither temperature nor truncation
     nor penalty changes it, so that a trainer which scores the same tokens finds the same number.
     """
     logits_BV = logits_BV.float()
     logprobs_BV = logits_BV.log_softmax(-1)
     scores_BV = _penalise(logits_BV, params, seen)
+    if vocab_size is not None and vocab_size < scores_BV.shape[1]:
+        padding_V = torch.arange(scores_BV.shape[1], device=scores_BV.device) >= vocab_size
+        scores_BV = scores_BV.masked_fill(padding_V, -torch.inf)
     tokens_B = scores_BV.argmax(-1)
     if any(p.temperature > 0 for p in params):
         drawn_B = _draw(scores_BV, params, uniform)
@@ -87,12 +92,14 @@ def _penalise(
 ) -> torch.Tensor:
     if all(p.repetition_penalty == 1.0 for p in params):
         return logits_BV
-    scores_BV = logits_BV.clone()
-    for row, (p, tokens) in enumerate(zip(params, seen, strict=True)):
-        if p.repetition_penalty != 1.0 and tokens is not None:
-            old = scores_BV[row, tokens]
-            scores_BV[row, tokens] = torch.where(old > 0, old / p.repetition_penalty, old * p.repetition_penalty)
-    return scores_BV
+    rows = []
+    for scores_V, p, seen_V in zip(logits_BV, params, seen, strict=True):
+        if p.repetition_penalty != 1.0:
+            assert seen_V is not None
+            factor = torch.where(scores_V > 0, 1 / p.repetition_penalty, p.repetition_penalty)
+            scores_V = torch.where(seen_V, scores_V * factor, scores_V)
+        rows.append(scores_V)
+    return torch.stack(rows)
 
 
 def truncate(probs_BV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -122,7 +129,7 @@ def _draw(scores_BV: torch.Tensor, params: Sequence[SamplingParams], uniform: Se
     temperature_B = torch.tensor([p.temperature or 1.0 for p in params], device=device)
     # Shifted before the division, so that a tiny temperature gives -inf and not inf - inf.
     shifted_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / temperature_B[:, None]
-    sorted_BV, order_BV = shifted_BV.sort(-1, descending=True, stable=True)
+    sorted_BV, order_BV = shifted_BV.sort(dim=-1, descending=True, stable=True)
     # float64: at 200 000 entries the rounding of a float32 sum is larger than the probability of rare tokens.
     probs_BV = truncate(sorted_BV.double().softmax(-1), params)
     total_BV = probs_BV.cumsum(-1)
