@@ -21,7 +21,7 @@ import zstandard
 from trinity.base.errors import UserError
 from trinity.base.rng import derive
 from trinity.data.permutation import Permutation
-from trinity.data.rows import IGNORE, Chunk, Rows, blank_rows, mark_segments
+from trinity.data.rows import IGNORE, Chunk, Rows, empty_rows, finish_row
 from trinity.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -186,7 +186,7 @@ class ChatRows:
 
     def rows(self, groups: Sequence[Sequence[int]]) -> Rows:
         """The given groups of conversations as one batch [B, T]; an empty group is a row of padding."""
-        rows = blank_rows(len(groups), self.seq_len)
+        rows = empty_rows(len(groups), self.seq_len)
         for row, group in enumerate(groups):
             at = 0
             chunks = []
@@ -198,7 +198,7 @@ class ChatRows:
                 rows.targets_BT[row, at : at + length] = np.where(mask[1:], ids[1:], IGNORE)
                 chunks.append(Chunk(number, 0, length))
                 at += length
-            mark_segments(rows, row, chunks)
+            finish_row(rows, row, chunks)
         return rows
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from trinity.infer.engine import Engine
 from trinity.infer.sampling import SamplingParams
-from trinity.model import Transformer
+from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
 
 CACHE_TOKENS = 1 << 18

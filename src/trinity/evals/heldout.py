@@ -10,7 +10,7 @@ import torch
 from trinity.base import dist
 from trinity.data.rows import IGNORE, Rows, to_device
 from trinity.evals.scoring import target_logprobs
-from trinity.model import Transformer
+from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
 
 

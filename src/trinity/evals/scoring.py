@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from trinity.model import Transformer
+from trinity.model.transformer import Transformer
 from trinity.ops.cross_entropy import token_logprobs
 
 

@@ -16,7 +16,7 @@ from trinity.base import dist
 from trinity.base.rng import derive
 from trinity.config import RLConfig
 from trinity.data.chat import best_fit
-from trinity.data.rows import Chunk, Rows, blank_rows, mark_segments
+from trinity.data.rows import IGNORE, Chunk, Rows, empty_rows, finish_row
 from trinity.rl.loss import group_advantages, informative
 
 
@@ -81,12 +81,11 @@ class Rollouts:
         self._settings, self._task, self._sampler, self._scorer, self._seed = settings, task, sampler, scorer, seed
         self._next_step = 0
         self._pending: dict[int, list[Sample]] = {}
-        self.last: dict[str, float] = {}
-        """Means over the last batch's samples: reward, reward_std (inside groups), length, finished, informative."""
+        self._summaries: dict[int, dict[str, float]] = {}
 
     def next_batch(self, step: int) -> list[PolicyRows]:
         settings = self._settings
-        assert step == self._next_step, f"step {step} asked for, {self._next_step} is next"
+        assert step == self._next_step, f"step {step} was asked for, {self._next_step} is next"
         if step % settings.updates == 0:
             assert not self._pending
             self._roll(step)
@@ -94,7 +93,7 @@ class Rollouts:
         groups = [self._pending.pop(number) for number in numbers]
         self._next_step += 1
         rewards_PG = torch.tensor([[sample.reward for sample in group] for group in groups], dtype=torch.float64)
-        self._summarise(groups, rewards_PG)
+        self._summaries[step] = self._summary(groups, rewards_PG)
         advantages_PG = group_advantages(rewards_PG)
         useful_P = informative(rewards_PG)
         kept = [
@@ -104,6 +103,11 @@ class Rollouts:
             if useful_P[p] or not useful_P.any()  # a batch that teaches nothing still goes through: with advantages of 0
         ]
         return self._batches(kept)
+
+    def summary(self, step: int, rows: Sequence[Any]) -> dict[str, float]:
+        """Means over a step's samples: reward, reward_std (inside groups), length, and the share of answers that ended by
+        themselves (finished) and of groups that were trained on (informative). To be asked once for each step."""
+        return self._summaries.pop(step)
 
     def state_dict(self) -> dict[str, Any]:
         pending: dict[int, list[Sample]] = {}
@@ -173,7 +177,7 @@ class Rollouts:
         ]
 
     def _rows(self, samples: Sequence[tuple[Sample, float]], groups: Sequence[Sequence[int]]) -> PolicyRows:
-        rows = blank_rows(len(groups), self._settings.seq_len)
+        rows = empty_rows(len(groups), self._settings.seq_len)
         shape = rows.tokens_BT.shape
         advantages_BT, sampler_BT = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         old_BT = np.full(shape, np.nan, np.float32)
@@ -185,17 +189,17 @@ class Rollouts:
                 length = len(ids) - 1
                 answer = slice(at + len(sample.prompt) - 1, at + length)
                 rows.tokens_BT[b, at : at + length] = ids[:-1]
-                rows.targets_BT[b, answer] = sample.tokens
+                rows.targets_BT[b, at : at + length] = [*[IGNORE] * (len(sample.prompt) - 1), *sample.tokens]
                 advantages_BT[b, answer] = advantage
                 sampler_BT[b, answer] = sample.sampler_logprobs
                 if sample.old_logprobs is not None:
                     old_BT[b, answer] = sample.old_logprobs
                 chunks.append(Chunk(number, 0, length))
                 at += length
-            mark_segments(rows, b, chunks)
+            finish_row(rows, b, chunks)
         return PolicyRows(**{**rows.__dict__, "advantages_BT": advantages_BT, "sampler_logprobs_BT": sampler_BT, "old_logprobs_BT": old_BT})
 
-    def _summarise(self, groups: Sequence[Sequence[Sample]], rewards_PG: torch.Tensor) -> None:
+    def _summary(self, groups: Sequence[Sequence[Sample]], rewards_PG: torch.Tensor) -> dict[str, float]:
         samples = [sample for group in groups for sample in group]
         sums = np.zeros(5)
         sums[0] = rewards_PG.mean(dim=1).sum()
@@ -205,4 +209,4 @@ class Rollouts:
         sums[4] = informative(rewards_PG).sum()
         means = np.sum(dist.gather_objects(sums), axis=0) / self._settings.prompts_per_step
         names = ("reward", "reward_std", "length", "finished", "informative")
-        self.last = dict(zip(names, means.tolist(), strict=True))
+        return dict(zip(names, means.tolist(), strict=True))

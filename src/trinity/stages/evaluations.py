@@ -11,7 +11,7 @@ from trinity.evals.generation import Complete, greedy
 from trinity.evals.needles import Half, Haystack
 from trinity.stages.setup import Stage
 from trinity.tokenizer import Tokenizer
-from trinity.train import Evaluation, Outcome
+from trinity.train.job import Evaluation, Outcome
 
 _PROMPT_TOKENS = 24
 _SAMPLE_TOKENS = 48

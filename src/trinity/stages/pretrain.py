@@ -8,7 +8,8 @@ from trinity.optim.schedule import StepPlan
 from trinity.stages.evaluations import beginnings, heldout_evaluation, sample_evaluation
 from trinity.stages.setup import StageResult, check_batches, open_shards, open_stage, run_stage
 from trinity.stages.sources import TextSource
-from trinity.train import Progress, Silent, TrainJob, language_model_loss
+from trinity.train.job import Progress, Silent, TrainJob
+from trinity.train.losses import next_token_loss
 
 
 def run(
@@ -31,7 +32,7 @@ def run(
             model=stage.model,
             optimizer=stage.optimizer,
             source=source,
-            loss=language_model_loss,
+            loss=next_token_loss,
             plan=plan,
             run_dir=stage.run,
             evaluations=[

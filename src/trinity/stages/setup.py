@@ -12,12 +12,13 @@ from trinity.base.errors import UsageError, UserError
 from trinity.base.rundir import RunDir
 from trinity.config import ModelConfig, RunConfig, StageConfig
 from trinity.data.shards import Shards
-from trinity.export import export_afmoe
+from trinity.export.afmoe import export_afmoe
 from trinity.infer.load import load_model
-from trinity.model import Transformer
+from trinity.model.transformer import Transformer
 from trinity.optim.optimizer import MuonAdamW, build_optimizer
 from trinity.tokenizer import Tokenizer
-from trinity.train import Evaluation, TrainJob, TrainResult, train
+from trinity.train.job import Evaluation, TrainJob, TrainResult
+from trinity.train.loop import train
 
 # Settings that may differ between a stage and the model that it starts from: where weights began, and how far rows reach.
 _FREE = {"max_positions", "init_scale", "post_norm_gain", "global_every", "layer_types"}

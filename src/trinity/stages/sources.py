@@ -14,7 +14,7 @@ from trinity.base.rng import Draws, derive
 from trinity.config import Phase
 from trinity.data.chat import ChatRows
 from trinity.data.loader import Loader, merge_states
-from trinity.data.rows import Chunk, Rows, blank_rows, mark_segments
+from trinity.data.rows import IGNORE, Chunk, Rows, empty_rows, finish_row
 from trinity.data.shards import Shards
 from trinity.evals import niah
 from trinity.evals.needles import Haystack
@@ -103,7 +103,7 @@ class RetrievalSource:
     def _retrieval_rows(self, numbers: Sequence[int]) -> Rows:
         """Row number n holds one document as long as the row, or several equally short ones, as n tells: what is learned at
         short lengths carries over to long ones, and short documents ask more often per token."""
-        rows = blank_rows(len(numbers), self._seq_len)
+        rows = empty_rows(len(numbers), self._seq_len)
         for row, number in enumerate(numbers):
             parts = 1 + Draws(derive(self._seed, number)).below(self._most_parts)
             chunks, at = [], 0
@@ -112,10 +112,10 @@ class RetrievalSource:
                     self._tokenizer, self._seq_len // parts, self._num_keys, self._seed, number * self._most_parts + part, self._haystack
                 )
                 rows.tokens_BT[row, at : at + len(tokens)] = tokens
-                rows.targets_BT[row, at : at + len(tokens) - 1] = tokens[1:]
+                rows.targets_BT[row, at : at + len(tokens)] = [*tokens[1:], IGNORE]
                 chunks.append(Chunk(-1 - number, 0, len(tokens)))
                 at += len(tokens)
-            mark_segments(rows, row, chunks)
+            finish_row(rows, row, chunks)
         return rows
 
     def describe(self, rows: Rows) -> list[dict[str, Any]]:
