@@ -60,7 +60,7 @@ class LossFunction(Protocol):
     def __call__(self, model: nn.Module, batch: Batch, share: Share, settings: LossConfig) -> LossOutput: ...
 
 
-def next_token_loss(model: nn.Module, batch: Batch, share: Share, settings: LossConfig) -> LossOutput:
+def language_model_loss(model: nn.Module, batch: Batch, share: Share, settings: LossConfig) -> LossOutput:
     """Cross-entropy + z_loss * mean(logsumexp(logits)^2) + sequence_loss * sum over MoE layers of sum_i f_i P_i.
 
     The means of the first two are over target tokens; f_i P_i is that of the spec (section 3), a mean over documents

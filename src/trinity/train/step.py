@@ -150,9 +150,9 @@ def clip_(gradients: list[Tensor], norm: Tensor, largest: float) -> None:
 
 
 def bias_stats(model: nn.Module) -> Mapping[str, Tensor]:
-    """Smallest, largest and root-mean-square expert bias of each MoE layer [L]."""
+    """Smallest and largest expert bias, and the norm of the biases, of each MoE layer [L]."""
     biases = [buffer for name, buffer in model.named_buffers() if name.endswith("moe.router.bias")]
     if not biases:
         return {}
     bias_LE = torch.stack(biases)
-    return {"bias_min": bias_LE.amin(1), "bias_max": bias_LE.amax(1), "bias_norm": bias_LE.square().mean(1).sqrt()}
+    return {"bias_min": bias_LE.amin(1), "bias_max": bias_LE.amax(1), "bias_norm": bias_LE.norm(dim=1)}
