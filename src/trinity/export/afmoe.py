@@ -16,7 +16,7 @@ from trinity.export.card import model_card
 from trinity.export.config import config_to_public
 from trinity.export.parity import ParityReport, check_parity
 from trinity.export.writing import write_weights
-from trinity.model import Transformer
+from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000

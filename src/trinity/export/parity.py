@@ -21,7 +21,7 @@ from trinity.config import ModelConfig
 from trinity.export.keys import is_bias
 from trinity.export.oracle import oracle_forward
 from trinity.export.reading import import_afmoe
-from trinity.model import Transformer
+from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4

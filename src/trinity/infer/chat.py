@@ -7,7 +7,7 @@ from typing import Any
 from trinity.base.errors import UserError
 from trinity.infer.engine import Engine, Finish
 from trinity.infer.sampling import SamplingParams
-from trinity.model import Transformer
+from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
 
 Message = dict[str, Any]

@@ -20,7 +20,7 @@ from trinity.infer.cache import Cache
 from trinity.infer.forward import forward
 from trinity.infer.sampling import SamplingParams, TokenStream, sample
 from trinity.infer.text import Decoder, TextStream
-from trinity.model import Transformer
+from trinity.model.transformer import Transformer
 
 Finish = Literal["stop", "length", "cancelled"]
 
@@ -233,7 +233,7 @@ class Engine:
 
     def _forward(self, requests: Sequence[Request], chunks: Sequence[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
         step = Step(self.cache, chunks, self.config.window, self._device)
-        x_1ND, experts_NLk = forward(self.model, step, return_experts=self.return_experts)
+        x_ND, experts_NLk = forward(self.model, step, return_experts=self.return_experts)
         step.commit()
         start = 0
         for request, chunk in zip(requests, chunks, strict=True):
@@ -242,7 +242,7 @@ class Engine:
             if experts_NLk is not None:
                 request.routed.append(experts_NLk[start : start + count])
             start += count
-        return x_1ND[0], step.last_B
+        return x_ND, step.last_B
 
     def _sample(self, requests: Sequence[Request], x_BD: torch.Tensor) -> list[Event]:
         params = [request.params for request in requests]

@@ -6,7 +6,7 @@ from typing import Any, overload
 from trinity.base.errors import UsageError
 from trinity.infer.engine import Engine, Event
 from trinity.infer.sampling import SamplingParams
-from trinity.model import Transformer
+from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
 
 

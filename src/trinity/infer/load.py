@@ -13,7 +13,7 @@ from trinity.base.errors import UserError
 from trinity.base.files import read_json
 from trinity.config import ModelConfig, resolve
 from trinity.export.reading import iterate_state, read_config
-from trinity.model import Transformer
+from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
 
 STAGES = ("rl", "sft", "extend", "pretrain")

@@ -115,10 +115,10 @@ def truncate(probs_BV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.
     if any(p.top_p < 1 for p in params):
         total_B1 = probs_BV.sum(-1, keepdim=True)
         before_BV = (probs_BV.cumsum(-1) - probs_BV) / total_B1
-        top_p_B = torch.tensor([p.top_p if p.top_p < 1 else 2.0 for p in params], device=device)
+        top_p_B = torch.tensor([p.top_p if p.top_p < 1 else 2.0 for p in params], dtype=probs_BV.dtype, device=device)
         probs_BV = probs_BV * (before_BV < top_p_B[:, None])
     if any(p.min_p for p in params):
-        min_p_B = torch.tensor([p.min_p for p in params], device=device)
+        min_p_B = torch.tensor([p.min_p for p in params], dtype=probs_BV.dtype, device=device)
         probs_BV = probs_BV * (probs_BV >= min_p_B[:, None] * probs_BV[:, :1])
     return probs_BV
 
