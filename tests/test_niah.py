@@ -86,7 +86,8 @@ def test_training_documents_share_no_key_value_wording_or_haystack_with_the_eval
         LETTERS.decode(niah.retrieval_document(LETTERS, 1500, 3, seed=0, index=i).tolist()) for i in range(60)
     )
     for found in (pairs, numbers):
-        assert set(found.findall(asked)) and not set(found.findall(asked)) & set(found.findall(trained))
+        assert found.findall(asked)
+        assert not set(found.findall(asked)) & set(found.findall(trained))
     sentences = [set(needles.split_sentences(text)) for text in (asked, trained)]
     assert not sentences[0] & sentences[1]
     assert not set(needles.EVALUATION_WORDINGS) & set(needles.TRAINING_WORDINGS)
@@ -127,9 +128,7 @@ def test_scoring_is_exact(completion, ok):
 
 def test_the_record_averages_cells():
     asked = niah.questions(LETTERS, settings_for(1000, 1500, depths=2, samples=2))
-    record = niah.evaluate(
-        lambda prompts, _: [q.answer if q.length == 1000 else "no" for q in asked], LETTERS, asked
-    )
+    record = niah.evaluate(lambda prompts, _: [q.answer if q.length == 1000 else "no" for q in asked], LETTERS, asked)
     assert record["score"] == 0.5
     assert record["samples"] == 8
     assert len(record["grid"]) == 4

@@ -1,7 +1,7 @@
 """Conversations -> packed rows for supervised fine-tuning, with loss only on what the assistant wrote.
 
-Whole conversations are packed, never split; each is its own document, so packing changes no loss. The order of an epoch is
-a permutation of the conversations that follows from (seed, epoch), and so do its rows: the state is one row counter.
+Whole conversations are packed, never split; each is its own document, so packing changes no loss. The order of an epoch
+is a permutation of the conversations that follows from (seed, epoch), and so do its rows: the state is one row counter.
 """
 
 import hashlib
@@ -46,8 +46,8 @@ class Conversation:
 def read_conversations(paths: Iterable[str | Path]) -> Iterator[Conversation]:
     """Conversations of jsonl(.gz, .zst) and parquet files, in file order; each has `messages` and perhaps `tools`.
 
-    Raises UserError naming file and line for a file that is missing or of another kind, a line that is not JSON, a message
-    without a known role or with content that is not text, and a conversation without an assistant message.
+    Raises UserError naming file and line for a file that is missing or of another kind, a line that is not JSON, a
+    message without a known role or with content that is not text, and a conversation without an assistant message.
     """
     for path in map(Path, paths):
         if not path.is_file():
@@ -103,7 +103,9 @@ def _checked(record: Any, where: str) -> Conversation:
             raise UserError(f"{where}: message {i} has no role out of system, user, assistant, tool")
         # Parquet gives every message every column; what is null is not there.
         message = {key: value for key, value in message.items() if value is not None}
-        if not isinstance(message.get("content", ""), str) or ("content" not in message and not message.get("tool_calls")):
+        if not isinstance(message.get("content", ""), str) or (
+            "content" not in message and not message.get("tool_calls")
+        ):
             raise UserError(f"{where}: message {i} ({message['role']}) has no text `content`")
         clean.append(message)
     if not any(message["role"] == "assistant" for message in clean):
@@ -112,12 +114,14 @@ def _checked(record: Any, where: str) -> Conversation:
 
 
 def is_held_out(conversation: Conversation, share: float) -> bool:
-    """Whether the conversation belongs to the held-out split: by the hash of its content, whatever file it stands in."""
+    """Whether the conversation belongs to the held-out split: by the hash of its content, whatever file it stands
+    in."""
     return int.from_bytes(conversation.hash[:8], "big") < share * 2**64
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of item numbers whose lengths add up to at most `capacity`: longest first, into the fullest row with room."""
+    """Rows of item numbers whose lengths add up to at most `capacity`: longest first, into the fullest row with
+    room."""
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens free, row), sorted
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

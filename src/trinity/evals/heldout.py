@@ -36,8 +36,8 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 def evaluate(model: Transformer, rows: HeldOut, bytes_V: np.ndarray, micro_rows: int) -> dict[str, Any]:
     """`{loss, bits_per_byte, domains: {name: {loss, bits_per_byte, tokens}}}`; every rank gets the same.
 
-    Loss is nats per target token, over all domains together too. Bits per byte counts only tokens that stand for text (the
-    end of a document has no bytes), which makes models with different tokenizers comparable.
+    Loss is nats per target token, over all domains together too. Bits per byte counts only tokens that stand for text
+    (the end of a document has no bytes), which makes models with different tokenizers comparable.
     """
     device = next(model.parameters()).device
     domains: dict[str, dict[str, float]] = {}

@@ -1,7 +1,7 @@
 """The material of needle-in-a-haystack texts: keys, values, wordings and noise, in two halves that share nothing.
 
-One half is for evaluation, the other for training documents. Which half a key, a value or a piece of haystack belongs to
-follows from the hash of its text, and the wordings are two separate lists, so no generator can mix them by accident.
+One half is for evaluation, the other for training documents. Which half a key, a value or a piece of haystack belongs
+to follows from the hash of its text, and the wordings are two separate lists, so no generator can mix them by accident.
 """
 
 import hashlib
@@ -79,35 +79,51 @@ TRAINING_WORDINGS = (
     ),
 )
 
-_ADJECTIVES = (
-    "able amber ancient bitter blue bold brave brief bright brisk broad calm clean clever cold coral crisp curly dark deep "
-    "dense dry dusty eager early easy empty exact faint fair fancy fast fierce fine firm flat fresh frosty gentle giant "
-    "glad golden grand gray green happy hasty heavy hollow honest humble icy idle jolly keen kind large late lazy light "
-    "little lively local lone loud loyal lucky mellow merry mild misty modest narrow neat noble odd old olive open orange "
-    "pale patient plain polite proud purple quick quiet rapid rare red rich rigid ripe rough round royal rural rusty salty "
-    "sandy scarlet sharp shiny short shy silent silver simple sleepy slim slow small smart smooth soft solid sour spare "
-    "steady steep stiff still strange strict strong sunny sweet swift tall tame tender thick thin tidy tiny tough urban "
-    "vast violet warm wary weary wet white wide wild windy wise witty wooden worthy yellow young"
-).split()
-_NOUNS = (
-    "acorn anchor apple arrow badge banjo barn basin basket beach beacon bell bench berry bird board boat bottle branch "
-    "bread brick bridge brook broom bucket cabin cable camel candle canoe canyon carpet castle cedar chain chair cherry "
-    "circle cliff clock cloud coach coin comet copper cotton cradle crane creek crown curtain daisy desert donkey door "
-    "dragon drum eagle engine falcon feather fence ferry field finger flag flame flute forest fork fountain fox garden "
-    "gate glove goose grape guitar hammer harbor hawk helmet hill horn horse island ivory jacket jungle kettle kite "
-    "ladder lake lamp lantern leaf lemon lion lizard lobby magnet mango maple marble meadow mirror monkey moon mountain "
-    "mouse needle nest oak ocean onion orchard otter oven owl oyster paddle palace panda paper parrot pebble pencil "
-    "pepper piano pigeon pillow pine planet plum pond pony potato prairie puzzle rabbit raven ribbon river robin rocket "
-    "rope rose saddle sailor shadow sheep shell shovel silk spider spoon spring squirrel stable star stone storm sugar "
-    "table temple thunder tiger timber torch tower train tulip tunnel turtle valley village violin wagon walnut water "
-    "whale wheat wheel willow window winter wizard wolf zebra"
-).split()
-_VERBS = "crosses follows guards hides holds leaves meets passes reaches remembers sees touches turns visits watches".split()
+_ADJECTIVES = """
+    able amber ancient bitter blue bold brave brief bright brisk broad calm clean clever cold coral crisp curly dark
+    deep dense dry dusty eager early easy empty exact faint fair fancy fast fierce fine firm flat fresh frosty
+    gentle giant glad golden grand gray green happy hasty heavy hollow honest humble icy idle jolly keen kind large
+    late lazy light little lively local lone loud loyal lucky mellow merry mild misty modest narrow neat noble odd
+    old olive open orange pale patient plain polite proud purple quick quiet rapid rare red rich rigid ripe rough
+    round royal rural rusty salty sandy scarlet sharp shiny short shy silent silver simple sleepy slim slow small
+    smart smooth soft solid sour spare steady steep stiff still strange strict strong sunny sweet swift tall tame
+    tender thick thin tidy tiny tough urban vast violet warm wary weary wet white wide wild windy wise witty wooden
+    worthy yellow young
+""".split()  # noqa: SIM905
+_NOUNS = """
+    acorn anchor apple arrow badge banjo barn basin basket beach beacon bell bench berry bird board boat bottle
+    branch bread brick bridge brook broom bucket cabin cable camel candle canoe canyon carpet castle cedar chain
+    chair cherry circle cliff clock cloud coach coin comet copper cotton cradle crane creek crown curtain daisy
+    desert donkey door dragon drum eagle engine falcon feather fence ferry field finger flag flame flute forest fork
+    fountain fox garden gate glove goose grape guitar hammer harbor hawk helmet hill horn horse island ivory jacket
+    jungle kettle kite ladder lake lamp lantern leaf lemon lion lizard lobby magnet mango maple marble meadow mirror
+    monkey moon mountain mouse needle nest oak ocean onion orchard otter oven owl oyster paddle palace panda paper
+    parrot pebble pencil pepper piano pigeon pillow pine planet plum pond pony potato prairie puzzle rabbit raven
+    ribbon river robin rocket rope rose saddle sailor shadow sheep shell shovel silk spider spoon spring squirrel
+    stable star stone storm sugar table temple thunder tiger timber torch tower train tulip tunnel turtle valley
+    village violin wagon walnut water whale wheat wheel willow window winter wizard wolf zebra
+""".split()  # noqa: SIM905
+_VERBS = """
+    crosses follows guards hides holds leaves meets passes reaches remembers sees touches turns visits watches
+""".split()  # noqa: SIM905
 _PLACES = (
-    "above the roof, after the rain, at noon, before dawn, behind the wall, beside the road, by the water, during the feast, "
-    "in the dark, in the square, near the market, on the way home, over the hill, past the gate, under the bridge, "
-    "without a word"
-).split(", ")
+    "above the roof",
+    "after the rain",
+    "at noon",
+    "before dawn",
+    "behind the wall",
+    "beside the road",
+    "by the water",
+    "during the feast",
+    "in the dark",
+    "in the square",
+    "near the market",
+    "on the way home",
+    "over the hill",
+    "past the gate",
+    "under the bridge",
+    "without a word",
+)
 
 
 def draw_keys(draws: Draws, num_keys: int, half: Half) -> list[str]:
@@ -131,7 +147,8 @@ def draw_values(draws: Draws, num_values: int, half: Half, digits: int) -> list[
 
 
 class Haystack:
-    """Endless sentences of one half: of given documents, drawn at random and read from their start, or of generated noise.
+    """Endless sentences of one half: of given documents, drawn at random and read from their start, or of generated
+    noise.
 
     A document belongs to the half of its whole text's hash. Raises UserError when no document of this half is given.
     """
@@ -143,8 +160,8 @@ class Haystack:
             self._documents = [text for text in documents if half_of(text) is half and text.strip()]
             if not self._documents:
                 raise UserError(
-                    f"none of the {len(documents)} documents given for haystacks falls into the {half.name.lower()} half; "
-                    "give more documents, or none to use generated noise"
+                    f"none of the {len(documents)} documents given for haystacks falls into the {half.name.lower()} "
+                    "half; give more documents, or none to use generated noise"
                 )
 
     @classmethod

@@ -1,6 +1,6 @@
-"""Multi-key needle in a haystack (MK-NIAH), as RULER defines it (arXiv 2404.06654): several `key -> number` needles in a
-long text, one of them asked for. A grid of lengths (whole prompt and answer, in tokens) and depths (where the needle that
-is asked for stands: 0 at the start, 1 at the end).
+"""Multi-key needle in a haystack (MK-NIAH), as RULER defines it (arXiv 2404.06654): several `key -> number` needles in
+a long text, one of them asked for. A grid of lengths (whole prompt and answer, in tokens) and depths (where the needle
+that is asked for stands: 0 at the start, 1 at the end).
 
 `retrieval_document` makes training documents of the same kind from the other half of the material (`needles.py`).
 """
@@ -65,7 +65,9 @@ def questions(
                 values = draw_values(draws, settings.niah_keys, Half.EVALUATION, DIGITS)
                 tail = tokenizer.encode(wording.ask.format(key=keys[0]))
                 reserve = len(tail) + len(tokenizer.encode(f" {values[0]}"))
-                text = _haystack_with_needles(tokenizer, draws, wording, keys, values, depth, length - reserve, haystack)
+                text = _haystack_with_needles(
+                    tokenizer, draws, wording, keys, values, depth, length - reserve, haystack
+                )
                 found.append(Question(text + tail, values[0], length, depth))
     return found
 
@@ -94,7 +96,8 @@ def retrieval_document(
 
 
 def document_size(tokenizer: Tokenizer, num_keys: int) -> int:
-    """Tokens that a retrieval document needs beside its haystack, at most (by a sample of keys, and a quarter on top)."""
+    """Tokens that a retrieval document needs beside its haystack, at most (by a sample of keys, and a quarter on
+    top)."""
     draws = Draws(derive(0, "size"))
     sizes = []
     for wording in TRAINING_WORDINGS:
@@ -158,7 +161,8 @@ def is_correct(completion: str, answer: str) -> bool:
 
 
 def score_record(asked: Sequence[Question], completions: Sequence[str]) -> dict[str, Any]:
-    """`{score, standard_error, samples, grid: [{length, depth, score, samples}]}`; score is the share answered exactly."""
+    """`{score, standard_error, samples, grid: [{length, depth, score, samples}]}`; score is the share answered
+    exactly."""
     right = [is_correct(text, q.answer) for q, text in zip(asked, completions, strict=True)]
     cells: dict[tuple[int, float], list[bool]] = {}
     for question, ok in zip(asked, right, strict=True):

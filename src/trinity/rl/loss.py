@@ -33,7 +33,8 @@ class PolicyLoss:
     clipped_tokens: Tensor
     """Tokens whose ratio the clip held back."""
     gap_sum: Tensor
-    """Sum over tokens of exp(d) - 1 - d with d = trainer - sampler log-probability: an estimate of their KL divergence."""
+    """Sum over tokens of exp(d) - 1 - d with d = trainer - sampler log-probability: an estimate of their KL
+    divergence."""
 
 
 def policy_loss(
@@ -50,8 +51,8 @@ def policy_loss(
 
     With r = exp(logprob - old) and w = min(exp(old - sampler), max_weight), token by token:
     -w * min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A).
-    `old` are the trainer's log-probabilities under the weights that sampled; the sampler's own may differ, because it runs
-    other kernels and, in a MoE, may pick other experts.
+    `old` are the trainer's log-probabilities under the weights that sampled; the sampler's own may differ, because it
+    runs other kernels and, in a MoE, may pick other experts.
     """
     weight_N = (old_logprobs_N - sampler_logprobs_N).exp().clamp_max(max_weight).detach()
     ratio_N = (logprobs_N - old_logprobs_N.detach()).exp()

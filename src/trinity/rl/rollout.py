@@ -71,8 +71,8 @@ Scorer = Callable[[Rows], np.ndarray]
 class Rollouts:
     """The source of an RL stage.
 
-    `task(number)` gives question number n; step s asks questions s * prompts_per_step and following. Every rank takes the
-    questions whose number is its own modulo the number of ranks. `scorer` is used when updates > 1.
+    `task(number)` gives question number n; step s asks questions s * prompts_per_step and following. Every rank takes
+    the questions whose number is its own modulo the number of ranks. `scorer` is used when updates > 1.
     """
 
     def __init__(
@@ -100,13 +100,14 @@ class Rollouts:
             (sample, float(advantages_PG[p, g]))
             for p, group in enumerate(groups)
             for g, sample in enumerate(group)
-            if useful_P[p] or not useful_P.any()  # a batch that teaches nothing still goes through: with advantages of 0
+            if useful_P[p]
+            or not useful_P.any()  # a batch that teaches nothing still goes through: with advantages of 0
         ]
         return self._batches(kept)
 
     def summary(self, step: int, rows: Sequence[Any]) -> dict[str, float]:
-        """Means over a step's samples: reward, reward_std (inside groups), length, and the share of answers that ended by
-        themselves (finished) and of groups that were trained on (informative). To be asked once for each step."""
+        """Means over a step's samples: reward, reward_std (inside groups), length, and the share of answers that ended
+        by themselves (finished) and of groups that were trained on (informative). To be asked once for each step."""
         return self._summaries.pop(step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -197,7 +198,14 @@ class Rollouts:
                 chunks.append(Chunk(number, 0, length))
                 at += length
             finish_row(rows, b, chunks)
-        return PolicyRows(**{**rows.__dict__, "advantages_BT": advantages_BT, "sampler_logprobs_BT": sampler_BT, "old_logprobs_BT": old_BT})
+        return PolicyRows(
+            **{
+                **rows.__dict__,
+                "advantages_BT": advantages_BT,
+                "sampler_logprobs_BT": sampler_BT,
+                "old_logprobs_BT": old_BT,
+            }
+        )
 
     def _summary(self, groups: Sequence[Sequence[Sample]], rewards_PG: torch.Tensor) -> dict[str, float]:
         samples = [sample for group in groups for sample in group]

@@ -1,13 +1,13 @@
 """The evaluations of `evals/` as the training loop calls them: by cadence, with records for the run directory."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
+from trinity.data.chat import Conversation
 from trinity.data.shards import Shards
-from trinity.evals import heldout, niah
-from trinity.evals.generation import Complete, greedy
+from trinity.evals import arithmetic, heldout, niah
+from trinity.evals.generation import greedy
 from trinity.evals.needles import Half, Haystack
 from trinity.stages.setup import Stage
 from trinity.tokenizer import Tokenizer
@@ -23,8 +23,8 @@ def heldout_evaluation(stage: Stage, rows: heldout.HeldOut) -> Evaluation:
     """Loss and bits per byte every `eval_every` steps and at the end."""
     bytes_V = heldout.token_bytes(stage.tokenizer, stage.config.model.vocab_size)
 
-    def run(model: nn.Module, step: int) -> Outcome:
-        return Outcome([{"kind": "eval", **heldout.evaluate(model, rows, bytes_V, stage.settings.micro_rows)}])
+    def run(_model: nn.Module, _step: int) -> Outcome:
+        return Outcome([{"kind": "eval", **heldout.evaluate(stage.model, rows, bytes_V, stage.settings.micro_rows)}])
 
     return Evaluation(run, stage.settings.eval_every)
 
@@ -33,18 +33,26 @@ def sample_evaluation(stage: Stage, prompts: Sequence[Sequence[int]]) -> Evaluat
     """Greedy continuations of fixed prompts every `eval_every` steps and at the end, for samples.jsonl."""
     texts = [stage.tokenizer.decode(prompt) for prompt in prompts]
 
-    def run(model: nn.Module, step: int) -> Outcome:
-        answers = greedy(model, stage.tokenizer)(prompts, _SAMPLE_TOKENS) if prompts else []
+    def run(_model: nn.Module, _step: int) -> Outcome:
+        answers = greedy(stage.model, stage.tokenizer)(prompts, _SAMPLE_TOKENS) if prompts else []
         return Outcome(samples=[{"prompt": p, "text": a} for p, a in zip(texts, answers, strict=True)])
 
     return Evaluation(run, stage.settings.eval_every)
 
 
-def score_evaluation(stage: Stage, name: str, score: Callable[[Complete], dict[str, Any]]) -> Evaluation:
-    """A `score` record (value, standard error, samples) every `eval_every` steps and at the end."""
+def arithmetic_evaluation(stage: Stage, form: arithmetic.Form) -> Evaluation:
+    """`score` records every `eval_every` steps and at the end: `arithmetic` on problems that no stage trains on, and
+    `arithmetic_seen` on those that generated training data is made of."""
+    count, most = stage.config.eval.arithmetic_questions, stage.config.rl.max_number
+    asked = {
+        name: arithmetic.questions(stage.tokenizer, count, most, form=form, held_out=name == "arithmetic")
+        for name in ("arithmetic", "arithmetic_seen")
+    }
 
-    def run(model: nn.Module, step: int) -> Outcome:
-        return Outcome([{"kind": "score", "name": name, **score(greedy(model, stage.tokenizer))}])
+    def run(_model: nn.Module, _step: int) -> Outcome:
+        complete = greedy(stage.model, stage.tokenizer)
+        scores = {name: arithmetic.evaluate(complete, questions) for name, questions in asked.items()}
+        return Outcome([{"kind": "score", "name": name, **score} for name, score in scores.items()])
 
     return Evaluation(run, stage.settings.eval_every)
 
@@ -54,11 +62,11 @@ def niah_evaluation(stage: Stage, haystack: Haystack, every: int, stop_at: float
     asked = niah.questions(stage.tokenizer, stage.config.eval, stage.config.runtime.seed, haystack)
     length = max(q.length for q in asked if q.length <= stage.settings.seq_len)
 
-    def run(model: nn.Module, step: int) -> Outcome:
-        record = niah.evaluate(greedy(model, stage.tokenizer), stage.tokenizer, asked)
+    def run(_model: nn.Module, _step: int) -> Outcome:
+        record = niah.evaluate(greedy(stage.model, stage.tokenizer), stage.tokenizer, asked)
         reached = niah.score_at(record, length)
         stop = f"MK-NIAH at {length} tokens reached {reached:.3f}" if stop_at < 1 and reached >= stop_at else None
-        return Outcome([{"kind": "niah", **record}], stop=stop)
+        return Outcome([{"kind": "niah", "haystack": haystack.kind, **record}], stop=stop)
 
     return Evaluation(run, every)
 
@@ -68,6 +76,13 @@ def beginnings(shards: Shards, most: int = 4) -> list[list[int]]:
     first = {int(domain): doc for doc, domain in reversed(list(enumerate(shards.domain_ids.tolist())))}
     docs = [first[domain] for domain in sorted(first)][:most]
     return [shards.tokens(doc, 0, min(_PROMPT_TOKENS, int(shards.lengths[doc]) - 1)).tolist() for doc in docs]
+
+
+def first_turn(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
+    """The conversation up to its first answer, as a prompt for that answer."""
+    until = [message["role"] for message in conversation.messages].index("assistant")
+    ids, _ = tokenizer.encode_chat(conversation.messages[:until], conversation.tools, add_generation_prompt=True)
+    return ids
 
 
 def haystack(shards: Shards, tokenizer: Tokenizer, half: Half) -> Haystack:

@@ -1,7 +1,7 @@
 """Context extension: straight to long rows, long documents favoured, needles to find; stops when they are found.
 
-Nothing of the model changes: local windows and RoPE stay, only the global layers, which have no positional encoding, see
-further.
+Nothing of the model changes: local windows and RoPE stay, only the global layers, which have no positional encoding,
+see further.
 """
 
 from pathlib import Path
@@ -12,14 +12,14 @@ from trinity.data.validation import ValidationRows
 from trinity.evals.needles import Half
 from trinity.optim.schedule import StepPlan
 from trinity.stages.evaluations import beginnings, haystack, heldout_evaluation, niah_evaluation, sample_evaluation
-from trinity.stages.setup import StageResult, check_batches, open_shards, open_stage, run_stage
+from trinity.stages.setup import SILENT, StageResult, check_batches, open_shards, open_stage, run_stage
 from trinity.stages.sources import RetrievalSource, TextSource
-from trinity.train.job import Progress, Silent, TrainJob
-from trinity.train.losses import next_token_loss
+from trinity.train.job import Progress, TrainJob
+from trinity.train.losses import language_model_loss
 
 
 def run(
-    config: RunConfig, run_dir: Path, *, start_from: Path | None = None, progress: Progress = Silent()
+    config: RunConfig, run_dir: Path, *, start_from: Path | None = None, progress: Progress = SILENT
 ) -> StageResult:
     """Extend the model of `start_from` (required for a new run); MK-NIAH before, during and after.
 
@@ -30,7 +30,9 @@ def run(
         raise UsageError("extend needs a model to start from: name its run or model directory")
     longest = max(grid.niah_lengths)
     if longest > config.model.max_positions:
-        raise UsageError(f"eval.niah_lengths has {longest}, more than model.max_positions = {config.model.max_positions}")
+        raise UsageError(
+            f"eval.niah_lengths has {longest}, more than model.max_positions = {config.model.max_positions}"
+        )
     stage = open_stage("extend", config, run_dir, start_from)
     check_batches(stage, [settings.batch_rows])
     train_shards, val_shards = open_shards(stage)
@@ -52,7 +54,7 @@ def run(
             model=stage.model,
             optimizer=stage.optimizer,
             source=source,
-            loss=next_token_loss,
+            loss=language_model_loss,
             plan=plan,
             run_dir=stage.run,
             evaluations=[

@@ -6,14 +6,14 @@ from trinity.config import RunConfig
 from trinity.data.validation import ValidationRows
 from trinity.optim.schedule import StepPlan
 from trinity.stages.evaluations import beginnings, heldout_evaluation, sample_evaluation
-from trinity.stages.setup import StageResult, check_batches, open_shards, open_stage, run_stage
+from trinity.stages.setup import SILENT, StageResult, check_batches, open_shards, open_stage, run_stage
 from trinity.stages.sources import TextSource
-from trinity.train.job import Progress, Silent, TrainJob
-from trinity.train.losses import next_token_loss
+from trinity.train.job import Progress, TrainJob
+from trinity.train.losses import language_model_loss
 
 
 def run(
-    config: RunConfig, run_dir: Path, *, start_from: Path | None = None, progress: Progress = Silent()
+    config: RunConfig, run_dir: Path, *, start_from: Path | None = None, progress: Progress = SILENT
 ) -> StageResult:
     """Pretrain from new weights, or go on from those of `start_from`; a started `run_dir` is resumed.
 
@@ -32,7 +32,7 @@ def run(
             model=stage.model,
             optimizer=stage.optimizer,
             source=source,
-            loss=next_token_loss,
+            loss=language_model_loss,
             plan=plan,
             run_dir=stage.run,
             evaluations=[

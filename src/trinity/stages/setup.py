@@ -17,11 +17,15 @@ from trinity.infer.load import load_model
 from trinity.model.transformer import Transformer
 from trinity.optim.optimizer import MuonAdamW, build_optimizer
 from trinity.tokenizer import Tokenizer
-from trinity.train.job import Evaluation, TrainJob, TrainResult
+from trinity.train.job import Evaluation, Silent, TrainJob, TrainResult
 from trinity.train.loop import train
 
-# Settings that may differ between a stage and the model that it starts from: where weights began, and how far rows reach.
+# Settings that may differ between a stage and the model that it starts from: where weights began, and how far rows
+# reach.
 _FREE = {"max_positions", "init_scale", "post_norm_gain", "global_every", "layer_types"}
+
+
+SILENT = Silent()
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class StageResult:
 def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | None) -> Stage:
     """Device, tokenizer, model (new, or of `start_from`: a model or run directory) and optimizer.
 
-    Raises UserError or UsageError for a device that is not there, a tokenizer that is missing or has more entries than the
-    model, a model of another shape, and rows longer than the model's positions.
+    Raises UserError or UsageError for a device that is not there, a tokenizer that is missing or has more entries than
+    the model, a model of another shape, and rows longer than the model's positions.
     """
     settings: StageConfig = getattr(config, name)
     if settings.seq_len > config.model.max_positions:
@@ -75,7 +79,8 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
 
 
 def open_device(config: RunConfig) -> torch.device:
-    """The device of this process; also sets the number of CPU threads. Raises UsageError when there is no GPU to use."""
+    """The device of this process; also sets the number of CPU threads. Raises UsageError when there is no GPU to
+    use."""
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     kind = config.runtime.device
@@ -91,7 +96,8 @@ def open_device(config: RunConfig) -> torch.device:
 
 
 def load_weights(model: Transformer, config: ModelConfig, start_from: Path) -> None:
-    """Weights and expert biases of a model or run directory. Raises UserError that names the first setting that differs."""
+    """Weights and expert biases of a model or run directory. Raises UserError that names the first setting that
+    differs."""
     found = load_model(start_from, device="cpu", dtype=torch.float32)
     for key in ModelConfig.model_fields:
         if key not in _FREE and getattr(found.config, key) != getattr(config, key):
@@ -107,7 +113,9 @@ def load_weights(model: Transformer, config: ModelConfig, start_from: Path) -> N
 def open_shards(stage: Stage) -> tuple[Shards, Shards]:
     """The training and the held-out shards. Raises UserError when they are missing or made with another tokenizer."""
     if not stage.config.data.shards:
-        raise UsageError("data.shards is not set: name the directory that `trinity data prepare` wrote, data.shards=DIR")
+        raise UsageError(
+            "data.shards is not set: name the directory that `trinity data prepare` wrote, data.shards=DIR"
+        )
     directory = Path(stage.config.data.shards)
     both = Shards.open(directory / "train"), Shards.open(directory / "val")
     for shards in both:
@@ -120,18 +128,20 @@ def open_shards(stage: Stage) -> tuple[Shards, Shards]:
 
 
 def check_batches(stage: Stage, batch_sizes: Iterable[int]) -> None:
-    """Refuse batches that the data streams or the ranks do not divide. Raises UsageError with sizes that would do."""
+    """Refuse batches that the ranks cannot share. Raises UsageError with sizes that would do."""
     ranks = dist.world_size()
     for rows in batch_sizes:
         if rows % ranks:
             fits = [size for size in (rows // ranks * ranks, -(-rows // ranks) * ranks) if size]
             raise UsageError(
-                f"{stage.name}: a batch of {rows} rows cannot be shared by {ranks} ranks; use {' or '.join(map(str, fits))} rows"
+                f"{stage.name}: a batch of {rows} rows cannot be shared by {ranks} ranks; "
+                f"use {' or '.join(map(str, fits))} rows"
             )
 
 
 def run_stage(stage: Stage, job: TrainJob, before: Sequence[Evaluation] = ()) -> StageResult:
-    """Evaluate `before` the first step, train (or go on where the run was left), export the final weights to RUN/model."""
+    """Evaluate `before` the first step, train (or go on where the run was left), export the final weights to
+    RUN/model."""
     fresh = not stage.run.read_events("start")
     stage.run.create()
     if fresh:

@@ -6,15 +6,15 @@ from trinity.base.errors import UsageError
 from trinity.config import RunConfig
 from trinity.data.chat import ChatRows, is_held_out, read_conversations
 from trinity.optim.schedule import StepPlan
-from trinity.stages.evaluations import heldout_evaluation, sample_evaluation
-from trinity.stages.setup import StageResult, check_batches, open_stage, run_stage
+from trinity.stages.evaluations import first_turn, heldout_evaluation, sample_evaluation
+from trinity.stages.setup import SILENT, StageResult, check_batches, open_stage, run_stage
 from trinity.stages.sources import ChatSource, HeldOutChats
-from trinity.train.job import Progress, Silent, TrainJob
-from trinity.train.losses import next_token_loss
+from trinity.train.job import Progress, TrainJob
+from trinity.train.losses import language_model_loss
 
 
 def run(
-    config: RunConfig, run_dir: Path, *, start_from: Path | None = None, progress: Progress = Silent()
+    config: RunConfig, run_dir: Path, *, start_from: Path | None = None, progress: Progress = SILENT
 ) -> StageResult:
     """Tune the model of `start_from` (required for a new run) on `sft.conversations`.
 
@@ -36,7 +36,7 @@ def run(
     evaluations = []
     if held_out:
         chats = HeldOutChats(ChatRows(held_out, stage.tokenizer, settings.seq_len), settings.eval_rows)
-        prompts = [_prompt(stage.tokenizer, c.messages) for c in held_out[:4]]
+        prompts = [first_turn(stage.tokenizer, conversation) for conversation in held_out[:4]]
         evaluations = [heldout_evaluation(stage, chats), sample_evaluation(stage, prompts)]
     job = TrainJob(
         config=config,
@@ -45,7 +45,7 @@ def run(
         model=stage.model,
         optimizer=stage.optimizer,
         source=ChatSource(stage, data, plan, settings.epochs),
-        loss=next_token_loss,
+        loss=language_model_loss,
         plan=plan,
         run_dir=stage.run,
         evaluations=evaluations,

@@ -71,8 +71,8 @@ class TextSource:
 class RetrievalSource:
     """Text with a share of rows that are generated retrieval documents (`evals.niah.retrieval_document`).
 
-    Rows are exchanged in units of gcd(batch, data.streams), the smallest that every possible number of ranks divides; the
-    share is met over the steps. State: the loader's and the number of rows of either kind so far.
+    Rows are exchanged in units of gcd(batch, data.streams), the smallest that every possible number of ranks divides;
+    the share is met over the steps. State: the loader's and the number of rows of either kind so far.
     """
 
     def __init__(self, stage: Stage, text: TextSource, plan: StepPlan, share: float, num_keys: int, haystack: Haystack):
@@ -101,15 +101,20 @@ class RetrievalSource:
         return batches
 
     def _retrieval_rows(self, numbers: Sequence[int]) -> Rows:
-        """Row number n holds one document as long as the row, or several equally short ones, as n tells: what is learned at
-        short lengths carries over to long ones, and short documents ask more often per token."""
+        """Row number n holds one document as long as the row, or several equally short ones, as n tells: what is
+        learned at short lengths carries over to long ones, and short documents ask more often per token."""
         rows = empty_rows(len(numbers), self._seq_len)
         for row, number in enumerate(numbers):
             parts = 1 + Draws(derive(self._seed, number)).below(self._most_parts)
             chunks, at = [], 0
             for part in range(parts):
                 tokens = niah.retrieval_document(
-                    self._tokenizer, self._seq_len // parts, self._num_keys, self._seed, number * self._most_parts + part, self._haystack
+                    self._tokenizer,
+                    self._seq_len // parts,
+                    self._num_keys,
+                    self._seed,
+                    number * self._most_parts + part,
+                    self._haystack,
                 )
                 rows.tokens_BT[row, at : at + len(tokens)] = tokens
                 rows.targets_BT[row, at : at + len(tokens)] = [*tokens[1:], IGNORE]
@@ -121,7 +126,9 @@ class RetrievalSource:
     def describe(self, rows: Rows) -> list[dict[str, Any]]:
         generated = [chunk.doc for chunks in rows.documents for chunk in chunks if chunk.doc < 0]
         if generated:
-            return [{"source": "retrieval", "id": str(-1 - doc), "domain": "retrieval", "offset": 0} for doc in generated]
+            return [
+                {"source": "retrieval", "id": str(-1 - doc), "domain": "retrieval", "offset": 0} for doc in generated
+            ]
         return self._text.describe(rows)
 
     def state_dict(self) -> dict[str, Any]:
