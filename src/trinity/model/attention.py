@@ -1,0 +1,57 @@
+"""Gated grouped-query attention with normalised queries and keys (spec section 2).
+
+`project` and `output` are the two halves around the attention itself; inference puts a cache between them.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from trinity.config.model import LayerType, ModelConfig
+from trinity.model.linear import Linear
+from trinity.model.norm import Kernels, RMSNorm
+from trinity.model.rope import Rotation, reference_rotate, rotate, rotation
+from trinity.ops.attention import AttentionPlan
+from trinity.ops.gate import gated, reference_gated
+
+
+class Attention(nn.Module):
+    """One attention layer; `kind` decides RoPE (local layers only), the plan decides the mask."""
+
+    def __init__(self, config: ModelConfig, kind: LayerType, kernels: Kernels) -> None:
+        super().__init__()
+        self.kind: LayerType = kind
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.rope_theta = config.rope_theta
+        self.gate = config.attention_gate
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.widths = [heads, kv_heads, kv_heads, *([heads] if self.gate else [])]
+        self.qkvg = Linear(config.dim, sum(self.widths), kernels)
+        """Rows in the order q, k, v, gate; without `attention_gate` there is no gate."""
+        self.o = Linear(heads, config.dim, kernels)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps, kernels) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps, kernels) if config.qk_norm else nn.Identity()
+        self.rotate = rotate if kernels == "fast" else reference_rotate
+        self.gated = gated if kernels == "fast" else reference_gated
+
+    def project(self, x_BTD: Tensor, positions: Tensor | Rotation) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(q [B,T,H,K], k [B,T,G,K], v [B,T,G,K], gate [B,T,H*K] or None): q and k are normalised, then turned in a local layer.
+
+        `positions` is int [B, T], or what `rope.rotation` made of it, which layers can share; global layers ignore it.
+        """
+        q, k, v, *gate = self.qkvg(x_BTD).split(self.widths, dim=-1)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.kind == "local":
+            if isinstance(positions, Tensor):
+                positions = rotation(positions, self.head_dim, self.rope_theta)
+            q, k = self.rotate(q, positions), self.rotate(k, positions)
+        return q, k, v, gate[0] if gate else None
+
+    def output(self, o_BTHK: Tensor, gate: Tensor | None) -> Tensor:
+        """[B, T, D]: W_o(o * sigmoid(gate)), elementwise over all channels of all heads."""
+        o = o_BTHK.flatten(-2)
+        return self.o(o if gate is None else self.gated(o, gate))
+
+    def forward(self, x_BTD: Tensor, turn: Rotation, plan: AttentionPlan) -> Tensor:
+        q, k, v, gate = self.project(x_BTD, turn)
+        return self.output(plan.attend(q, k, v), gate)

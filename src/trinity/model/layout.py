@@ -1,0 +1,67 @@
+"""What all layers of one batch share: positions, masks, and which tokens make a document."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trinity.config.model import ModelConfig
+from trinity.model.norm import Kernels
+from trinity.model.rope import Rotation, rotation
+from trinity.model.router import Documents
+from trinity.ops.attention import AttentionPlan, dense_plan, fast_plan
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Made once per batch by `make_layout`; context parallelism makes its own, with plans that gather keys and values."""
+
+    turn: Rotation
+    local_plan: AttentionPlan
+    global_plan: AttentionPlan
+    documents: Documents
+
+
+def make_layout(
+    config: ModelConfig,
+    shape: tuple[int, int],
+    device: torch.device,
+    kernels: Kernels,
+    segments_BT: Tensor | None = None,
+    positions_BT: Tensor | None = None,
+) -> Layout:
+    """For rows of `shape` (B, T).
+
+    `segments_BT` int: the document of each token inside its row, contiguous, -1 for padding; None means one document per row.
+    Padding attends to padding, so that its outputs are finite, and is counted nowhere. `positions_BT` int: place in the
+    document; by default counted from the segments.
+    """
+    plan = fast_plan if kernels == "fast" else dense_plan
+    local_plan = plan(*shape, config.window, segments_BT, device)
+    global_plan = plan(*shape, None, segments_BT, device)
+    starts_BT = _starts(shape, segments_BT, device)
+    if positions_BT is None:
+        index_T = torch.arange(shape[1], device=device)
+        positions_BT = index_T - torch.where(starts_BT, index_T, 0).cummax(dim=1).values
+    turn = rotation(positions_BT, config.head_dim, config.rope_theta)
+    return Layout(turn, local_plan, global_plan, _documents(starts_BT, segments_BT))
+
+
+def _starts(shape: tuple[int, int], segments_BT: Tensor | None, device: torch.device) -> Tensor:
+    """bool [B, T]: whether a document begins at the token."""
+    starts_BT = torch.zeros(shape, dtype=torch.bool, device=device)
+    starts_BT[:, 0] = True
+    if segments_BT is not None:
+        starts_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return starts_BT
+
+
+def _documents(starts_BT: Tensor, segments_BT: Tensor | None) -> Documents:
+    document_N = starts_BT.flatten().cumsum(dim=0) - 1
+    if segments_BT is None:
+        return Documents(document_N, starts_BT.shape[0], None)
+    real_N = segments_BT.flatten() >= 0
+    if starts_BT.device.type == "cpu":
+        return Documents(document_N, int(document_N[-1]) + 1, None if bool(real_N.all()) else real_N)
+    # Reading the number of documents would wait for the device; there are at most as many as tokens.
+    return Documents(document_N, document_N.numel(), real_N)

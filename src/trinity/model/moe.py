@@ -1,0 +1,65 @@
+"""The mixture of experts: router, routed experts behind a dispatcher, shared expert."""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from trinity.config.model import ModelConfig
+from trinity.model.linear import FeedForward, empty_parameter
+from trinity.model.norm import Kernels
+from trinity.model.router import Documents, LayerStats, Router, routing_stats
+from trinity.ops.experts import combine, grouped_experts, permute, reference_experts, sort_by_expert
+
+
+class Experts(nn.Module):
+    """SwiGLU weights of all routed experts of a layer: gate_up [E, 2F, D] (gate first), down [E, D, F]."""
+
+    def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = empty_parameter(num_experts, 2 * hidden, dim)
+        self.down = empty_parameter(num_experts, dim, hidden)
+
+    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """[R, D] -> [R, D]: expert e on rows ends[e-1] .. ends[e] (int32, cumulative counts); ends[E-1] must be R."""
+        return grouped_experts(x_RD, self.gate_up, self.down, ends_E)
+
+
+class Dispatcher(Protocol):
+    """Brings tokens to their experts and the weighted outputs back; expert parallelism hands in its own."""
+
+    def __call__(self, x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, experts: Experts) -> Tensor:
+        """y[n] = sum_j weights[n, j] * expert indices[n, j] of x[n], as [N, D] in x's type."""
+        ...
+
+
+def dispatch_local(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, experts: Experts) -> Tensor:
+    """All experts are here: sort the tokens by expert, one grouped product, undo the sort."""
+    order = sort_by_expert(indices_Nk, experts.gate_up.shape[0])
+    return combine(experts(permute(x_ND, order), order.ends_E), weights_Nk, order)
+
+
+def dispatch_reference(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, experts: Experts) -> Tensor:
+    """The plain loop over experts."""
+    return reference_experts(x_ND, indices_Nk, weights_Nk, experts.gate_up, experts.down)
+
+
+class MoE(nn.Module):
+    """Routed experts, weighed, plus a shared expert, unscaled."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config.num_experts, config.dim, config.expert_dim)
+        shared = config.num_shared_experts * config.expert_dim
+        self.shared = FeedForward(config.dim, shared, kernels) if shared else None
+        self.dispatcher: Dispatcher = dispatch_local if kernels == "fast" else dispatch_reference
+
+    def forward(self, x_BTD: Tensor, documents: Documents | None = None) -> tuple[Tensor, LayerStats | None]:
+        """[B, T, D] -> [B, T, D], and statistics when the documents are given."""
+        x_ND = x_BTD.flatten(0, 1)
+        routing = self.router(x_ND)
+        y_ND = self.dispatcher(x_ND, routing.indices_Nk, routing.weights_Nk, self.experts)
+        if self.shared is not None:
+            y_ND = y_ND + self.shared(x_ND)
+        stats = None if documents is None else routing_stats(routing, documents)
+        return y_ND.view_as(x_BTD), stats

@@ -1,0 +1,125 @@
+"""The router: sigmoid scores, a bias that only selects, and what is measured about it (spec section 3)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trinity.config.model import ModelConfig
+from trinity.model.linear import empty_parameter
+
+
+class Routing(NamedTuple):
+    """Where the tokens of one layer go."""
+
+    indices_Nk: Tensor
+    """int64: selected experts, by falling biased score."""
+    weights_Nk: Tensor
+    """fp32: factors on the outputs of the selected experts."""
+    scores_NE: Tensor
+    """fp32: sigmoid of the logits, without bias."""
+    logits_NE: Tensor
+    """fp32"""
+
+
+class LayerStats(NamedTuple):
+    """What one layer's routing did to the tokens that are not padding; all but `sequence_loss` are detached."""
+
+    counts_E: Tensor
+    """int64: tokens of each expert."""
+    sequence_loss: Tensor
+    logit_min: Tensor
+    logit_max: Tensor
+    entropy: Tensor
+    """Mean over tokens of the entropy of scores / sum(scores), in nats."""
+
+
+class Documents(NamedTuple):
+    """Which tokens belong together in the sequence-wise loss."""
+
+    document_N: Tensor
+    """int64: number of the document in the batch, from 0."""
+    num_documents: int
+    """An upper bound of the numbers."""
+    real_N: Tensor | None
+    """bool: not padding; None when nothing is."""
+
+
+class Router(nn.Module):
+    """Scores every expert for every token and selects k.
+
+    `bias` and `momentum` are buffers of the balancing and stay fp32 whatever type the model is moved to: one step of the bias
+    is smaller than bfloat16 resolves.
+    """
+
+    bias: Tensor
+    momentum: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.experts_per_token = config.experts_per_token
+        self.route_norm, self.route_scale = config.route_norm, config.route_scale
+        self.weight = empty_parameter(config.num_experts, config.dim)
+        self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
+        self.register_buffer("momentum", torch.zeros(config.num_experts, dtype=torch.float32))
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        """The product is computed in fp32 for the same reason as the bias is: rounded logits would tie."""
+        logits_NE = F.linear(x_ND.float(), self.weight.float())
+        scores_NE = logits_NE.sigmoid()
+        indices_Nk = (scores_NE.detach() + self.bias).topk(self.experts_per_token, dim=-1).indices
+        weights_Nk = scores_NE.gather(1, indices_Nk)
+        if self.route_norm:
+            weights_Nk = weights_Nk / (weights_Nk.sum(dim=-1, keepdim=True) + 1e-20)
+        return Routing(indices_Nk, weights_Nk * self.route_scale, scores_NE, logits_NE)
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            if moved.dtype != torch.float32:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            self._buffers[name] = buffer.float()
+
+
+def routing_stats(routing: Routing, documents: Documents) -> LayerStats:
+    """Counts, sequence-wise loss and health of one layer; no host synchronisation.
+
+    The loss of a document of T tokens is sum_i f_i P_i with f_i = E / (k T) * (times expert i was selected) and P_i the mean of
+    s_i / sum_j s_j (spec section 3; 1 when balanced). Documents are weighed by their tokens. With load_i = times / T that is
+    E / k * mean over tokens of sum_i load_i(document of the token) * s_i / sum_j s_j, which needs no loop over documents.
+    """
+    indices_Nk, _, scores_NE, logits_NE = routing
+    document_N, num_documents, real_N = documents
+    num_tokens, num_experts = scores_NE.shape
+    experts_per_token = indices_Nk.shape[1]
+    with torch.no_grad():
+        ones_N = torch.ones_like(document_N) if real_N is None else real_N.long()
+        ones_Nk = ones_N[:, None].expand_as(indices_Nk)
+        cell_Nk = document_N[:, None] * num_experts + indices_Nk
+        times = document_N.new_zeros(num_documents * num_experts).scatter_add_(0, cell_Nk.flatten(), ones_Nk.flatten())
+        times_ME = times.view(num_documents, num_experts)
+        load_ME = times_ME * experts_per_token / times_ME.sum(dim=1, keepdim=True).clamp(min=1)
+        real_tokens = ones_N.sum().clamp(min=1)
+        load_NE = load_ME.index_select(0, document_N) * ones_N[:, None]
+    share_NE = scores_NE / scores_NE.sum(dim=-1, keepdim=True)
+    sequence_loss = (share_NE * load_NE).sum() * (num_experts / experts_per_token) / real_tokens
+    with torch.no_grad():
+        entropy_N = -(share_NE * (share_NE + 1e-20).log()).sum(dim=-1)
+        logits_NE = logits_NE.detach()
+        if real_N is None:
+            low, high, entropy = logits_NE.min(), logits_NE.max(), entropy_N.mean()
+        else:
+            low = logits_NE.masked_fill(~real_N[:, None], float("inf")).min()
+            high = logits_NE.masked_fill(~real_N[:, None], float("-inf")).max()
+            entropy = (entropy_N * ones_N).sum() / real_tokens
+    return LayerStats(times_ME.sum(dim=0), sequence_loss, low, high, entropy)

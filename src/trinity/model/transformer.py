@@ -1,0 +1,162 @@
+"""The model: embedding, sandwich-normalised blocks, final norm, LM head."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trinity.config.model import ModelConfig
+from trinity.model.attention import Attention
+from trinity.model.init import fill
+from trinity.model.layout import Layout, make_layout
+from trinity.model.linear import Embedding, FeedForward, Linear
+from trinity.model.moe import MoE
+from trinity.model.norm import Kernels, RMSNorm
+from trinity.model.rope import Rotation, rotation
+from trinity.model.router import Documents, LayerStats, Router
+
+Recompute = Literal["none", "block"]
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """What routing did in one forward pass, by MoE layer; padding is in none of it.
+
+    Returned, never stored: recomputation cannot count twice, and evaluation cannot count at all.
+    """
+
+    counts_LE: Tensor
+    """int64: tokens of each expert."""
+    sequence_loss: Tensor
+    """Sum over MoE layers of the token-weighted mean over documents of sum_i f_i P_i; without its coefficient alpha."""
+    logit_min_L: Tensor
+    logit_max_L: Tensor
+    entropy_L: Tensor
+    """Mean over tokens of the entropy of the normalised scores, in nats."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the LM head, a loss or a scorer reads."""
+
+    x_BTD: Tensor
+    """After the final norm."""
+    routing: RoutingStats
+
+
+class Block(nn.Module):
+    """x + post(attention(pre(x))), then the same with a dense FFN or experts (depth-scaled sandwich norm)."""
+
+    def __init__(self, config: ModelConfig, layer: int, kernels: Kernels) -> None:
+        super().__init__()
+        self.kind = config.layers[layer]
+        self.attn = Attention(config, self.kind, kernels)
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps, kernels)
+        self.attn_post_norm = RMSNorm(config.dim, config.norm_eps, kernels, gain=config.post_gain)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, kernels)
+        self.ffn_post_norm = RMSNorm(config.dim, config.norm_eps, kernels, gain=config.post_gain)
+        dense = layer < config.num_dense_layers
+        self.ffn = FeedForward(config.dim, config.ffn_dim, kernels) if dense else None
+        self.moe = None if dense else MoE(config, kernels)
+
+    def feed_forward(self, x_BTD: Tensor, documents: Documents | None = None) -> tuple[Tensor, LayerStats | None]:
+        """The second half of the block with its norms and residual; statistics only of experts and for given documents."""
+        h_BTD = self.ffn_norm(x_BTD)
+        if self.moe is not None:
+            y_BTD, stats = self.moe(h_BTD, documents)
+        else:
+            assert self.ffn is not None
+            y_BTD, stats = self.ffn(h_BTD), None
+        return x_BTD + self.ffn_post_norm(y_BTD), stats
+
+    def forward(self, x_BTD: Tensor, layout: Layout) -> tuple[Tensor, LayerStats | None]:
+        plan = layout.local_plan if self.kind == "local" else layout.global_plan
+        x_BTD = x_BTD + self.attn_post_norm(self.attn(self.attn_norm(x_BTD), layout.turn, plan))
+        return self.feed_forward(x_BTD, layout.documents)
+
+
+class Transformer(nn.Module):
+    """Trinity: `forward` for logits, `features` for training, where the loss never builds all logits.
+
+    Weights lie on the current default device in the default type and are unset until `init_weights` or a checkpoint sets them.
+    """
+
+    def __init__(self, config: ModelConfig, kernels: Kernels = "fast", recompute: Recompute = "none") -> None:
+        super().__init__()
+        self.config = config
+        self.kernels: Kernels = kernels
+        self.recompute: Recompute = recompute
+        """ "block" keeps only each block's input for the backward pass and computes the rest again."""
+        self.embed = Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer, kernels) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps, kernels)
+        self.head = Linear(config.dim, config.vocab_size, kernels)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Truncated normal matrices of deviation init_scale / sqrt(dim), norm gains and zero biases (spec section 2).
+
+        The values depend on seed, name and shape alone: neither on device, type nor order.
+        """
+        std = self.config.init_scale * self.config.dim**-0.5
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                fill(name, parameter, std, seed)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(module.gain)
+            elif isinstance(module, Router):
+                module.bias.zero_()
+                module.momentum.zero_()
+
+    def layout(
+        self, shape: tuple[int, int], segments_BT: Tensor | None = None, positions_BT: Tensor | None = None
+    ) -> Layout:
+        """Masks and positions of a batch of `shape` (B, T); see `make_layout`."""
+        return make_layout(self.config, shape, self.embed.weight.device, self.kernels, segments_BT, positions_BT)
+
+    def rotation(self, positions_BT: Tensor) -> Rotation:
+        """RoPE's angles, to share between the layers: `Attention.project` takes it in place of positions."""
+        return rotation(positions_BT, self.config.head_dim, self.config.rope_theta)
+
+    def embed_tokens(self, tokens_BT: Tensor) -> Tensor:
+        """[B, T, D]: the embedding, times sqrt(D) where the config says so."""
+        x_BTD = self.embed(tokens_BT)
+        return x_BTD * self.config.dim**0.5 if self.config.embed_scale else x_BTD
+
+    def features(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        *,
+        layout: Layout | None = None,
+    ) -> Features:
+        """All of the model but the head. A `layout` made before replaces segments and positions."""
+        if layout is None:
+            layout = self.layout((tokens_BT.shape[0], tokens_BT.shape[1]), segments_BT, positions_BT)
+        x_BTD = self.embed_tokens(tokens_BT)
+        stats: list[LayerStats] = []
+        for block in self.layers:
+            if self.recompute == "block" and torch.is_grad_enabled():
+                x_BTD, layer_stats = checkpoint(block, x_BTD, layout, use_reentrant=False)
+            else:
+                x_BTD, layer_stats = block(x_BTD, layout)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return Features(self.norm(x_BTD), self._gather(stats))
+
+    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None, positions_BT: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] in the model's type."""
+        return self.head(self.features(tokens_BT, segments_BT, positions_BT).x_BTD)
+
+    def _gather(self, stats: list[LayerStats]) -> RoutingStats:
+        device = self.embed.weight.device
+        if not stats:
+            counts_LE = torch.zeros(0, self.config.num_experts, dtype=torch.int64, device=device)
+            nothing_L = torch.zeros(0, device=device)
+            return RoutingStats(counts_LE, torch.zeros((), device=device), nothing_L, nothing_L, nothing_L)
+        counts, losses, low, high, entropy = (torch.stack(column) for column in zip(*stats, strict=True))
+        return RoutingStats(counts, losses.sum(), low, high, entropy)

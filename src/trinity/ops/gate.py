@@ -1,0 +1,30 @@
+"""The output gate of attention: `x * sigmoid(gate)`."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def reference_gated(x: Tensor, gate: Tensor) -> Tensor:
+    """Elementwise, x and gate of one shape."""
+    return x * torch.sigmoid(gate)
+
+
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """As the reference; on a CPU with fewer passes over memory in the backward direction."""
+    return _CpuGated.apply(x, gate) if x.device.type == "cpu" else reference_gated(x, gate)
+
+
+class _CpuGated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return torch.sigmoid(gate).mul_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor):
+        x, gate = ctx.saved_tensors
+        open_ = torch.sigmoid(gate)
+        d_gate = torch.ops.aten.sigmoid_backward(d_out * x, open_)
+        return open_.mul_(d_out), d_gate

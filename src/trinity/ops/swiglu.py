@@ -1,0 +1,41 @@
+"""SwiGLU: `silu(gate) * up` of one fused matrix [N, 2F], gate first."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def reference_swiglu(gate_up: Tensor) -> Tensor:
+    """[..., 2F] -> [..., F]. Shazeer 2020, equation 6, with the two projections fused."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """As the reference; on a CPU with fewer passes over memory in the backward direction."""
+    return _CpuSwiGLU.apply(gate_up) if gate_up.device.type == "cpu" else reference_swiglu(gate_up)
+
+
+def swiglu_gradient(d_out: Tensor, gate_up: Tensor, d_gate_up: Tensor) -> None:
+    """Writes the gradient of `gate_up` into `d_gate_up`; `d_out` is overwritten."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+    torch.mul(d_out, F.silu(gate), out=d_up)
+    torch.ops.aten.silu_backward.grad_input(d_out.mul_(up), gate, grad_input=d_gate)
+
+
+class _CpuSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor):
+        (gate_up,) = ctx.saved_tensors
+        d_gate_up = torch.empty_like(gate_up)
+        swiglu_gradient(d_out.clone(), gate_up, d_gate_up)
+        return d_gate_up

@@ -1,0 +1,158 @@
+"""One optimizer step: forward and backward over the micro-batches, clip, judge, update, balance.
+
+Nothing here waits for the device; `Packed.read` does, when the loop asks for the step's numbers.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from trinity.base import dist
+from trinity.config import RunConfig
+from trinity.model.balance import apply_balance
+from trinity.optim.schedule import PlannedStep
+from trinity.train.guard import SpikeGuard
+from trinity.train.job import Optimizer
+from trinity.train.losses import LossFunction, LossOutput, Share, to_device
+from trinity.train.metrics import Packed
+from trinity.train.precision import MasterWeights
+
+IGNORED = -100
+"""Target of a position without loss."""
+
+
+@dataclass
+class StepRunner:
+    """What a step works on."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    loss: LossFunction
+    config: RunConfig
+    guard: SpikeGuard
+    masters: MasterWeights
+    device: torch.device
+
+    def run(self, planned: PlannedStep, micro_batches: Sequence[Any], *, stop: bool = False) -> Packed:
+        """Take one step; its numbers are on their way to the host when this returns.
+
+        A bad step (the guard's verdict, on the device) leaves parameters, optimizer state and biases unchanged.
+        `stop` is shared with the other ranks: the numbers tell whether any of them asked to stop.
+        """
+        share = step_share(micro_batches, self.device)
+        self.optimizer.zero_grad()
+        totals = Totals()
+        for rows in micro_batches:
+            output = self.loss(self.model, to_device(rows, self.device), share, self.config.loss)
+            output.loss.backward()
+            totals.add(output)
+        packed = totals.pack(stop)
+
+        gradients = self._gradients()
+        norm = total_norm(gradients)
+        verdict = self.guard.judge(packed.device_value("loss"), norm)
+        clip_(gradients, norm, self.config.optim.clip_norm)
+        self.optimizer.set_lr(planned.lr_scale)
+        self.optimizer.step(skip=verdict.skip)
+        self.masters.refresh()
+        counts_LE = packed.device_value("counts")
+        if counts_LE.numel():
+            apply_balance(self.model, counts_LE, self.config.balance, skip=verdict.skip)
+
+        packed.append(
+            {"grad_norm": norm, "skip": verdict.skip, "spike_scores": verdict.scores_2, **bias_stats(self.model)}
+        )
+        packed.send()
+        return packed
+
+    def _gradients(self) -> list[Tensor]:
+        """Gradients of every trainable parameter, summed over ranks where the model is replicated."""
+        masters = self.masters.masters()
+        gradients = []
+        for name, working in self.model.named_parameters():
+            parameter = masters.get(name, working)
+            if not parameter.requires_grad:
+                continue
+            replicated = dist.world_size() > 1 and not isinstance(parameter, DTensor)
+            if parameter.grad is None:
+                if not replicated:
+                    continue
+                parameter.grad = torch.zeros_like(parameter)
+            if replicated:
+                dist.all_reduce_sum(parameter.grad)
+            gradients.append(parameter.grad)
+        return gradients
+
+
+def step_share(micro_batches: Sequence[Any], device: torch.device) -> Share:
+    """Target tokens and tokens of the whole step, over all micro-batches and ranks."""
+    targets = sum(int(np.count_nonzero(rows.targets_BT != IGNORED)) for rows in micro_batches)
+    tokens = sum(int(np.count_nonzero(rows.segments_BT >= 0)) for rows in micro_batches)
+    totals = torch.tensor([targets, tokens], dtype=torch.float64).to(device, non_blocking=True)
+    totals = dist.all_reduce_sum(totals).float().clamp(min=1)
+    return Share(targets=totals[0], tokens=totals[1])
+
+
+class Totals:
+    """Sums and maxima over a step's micro-batches, on the device."""
+
+    def __init__(self) -> None:
+        self._summed: dict[str, Tensor] = {}
+        self._largest: dict[str, Tensor] = {}
+        self._means: list[Tensor] = []
+
+    def add(self, output: LossOutput) -> None:
+        mean = output.mean.detach().double()
+        loss = output.loss.detach().double()
+        parts = {"loss": loss, "counts": output.counts_LE, "mean_sum": mean, "micro_batches": torch.ones_like(mean)}
+        for name, value in {**parts, **output.terms}.items():
+            value = value.detach().double()
+            self._summed[name] = self._summed[name] + value if name in self._summed else value
+        for name, value in {"mean_max": mean, **output.extremes}.items():
+            value = value.detach().double()
+            self._largest[name] = torch.maximum(self._largest[name], value) if name in self._largest else value
+        self._means.append(mean)
+
+    def pack(self, stop: bool) -> Packed:
+        asked = torch.full_like(self._means[0], float(stop))
+        return Packed(self._summed, {**self._largest, "stop": asked}, {"means": torch.stack(self._means)})
+
+
+@torch.no_grad()
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, float32 scalar, the same on every rank.
+
+    Sharded gradients may live on different meshes (experts on one, the rest on another): one norm per mesh, then
+    combined.
+    """
+    meshes: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        meshes.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
+    assert meshes, "no parameter has a gradient"
+    norms = []
+    for mesh, group in meshes.items():
+        norm = torch.stack(torch._foreach_norm(group, 2, dtype=torch.float32)).norm()
+        norms.append(norm.full_tensor() if mesh is not None and isinstance(norm, DTensor) else norm)
+    return torch.stack(norms).norm()
+
+
+@torch.no_grad()
+def clip_(gradients: list[Tensor], norm: Tensor, largest: float) -> None:
+    """Scale all gradients in place so that their total norm is at most `largest`."""
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    plain = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    torch._foreach_mul_(plain, factor)
+
+
+def bias_stats(model: nn.Module) -> Mapping[str, Tensor]:
+    """Smallest and largest expert bias, and the norm of the biases, of each MoE layer [L]."""
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("moe.router.bias")]
+    if not biases:
+        return {}
+    bias_LE = torch.stack(biases)
+    return {"bias_min": bias_LE.amin(1), "bias_max": bias_LE.amax(1), "bias_norm": bias_LE.norm(dim=1)}
