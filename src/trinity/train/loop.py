@@ -29,6 +29,7 @@ from trinity.train.checkpoint import (
     latest_good,
     list_checkpoints,
     load_checkpoint,
+    verify_checkpoint,
 )
 from trinity.train.guard import GuardPolicy, SpikeGuard
 from trinity.train.hardware import peak_flops
@@ -208,16 +209,28 @@ class _Loop:
     def _roll_back(self, step: int) -> None:
         self.in_flight.clear()
         self._wait_for_writer()
-        whole = [info.step for info in list_checkpoints(self.run_dir.checkpoints) if info.complete]
+        whole = dist.from_main(self._whole_checkpoints() if dist.is_main() else {})
         if not whole:
             raise UserError(f"step {step} asks for a rollback, but {self.run_dir.checkpoints} has no whole checkpoint")
-        target = self.policy.plan_rollback(dist.from_main(whole), step)
+        target = self.policy.plan_rollback(list(whole), step)
         jumps = sorted(s for s in self.policy.jumps if s > target)
         counters = self.policy.state_dict()
-        self._restore(next(i.path for i in list_checkpoints(self.run_dir.checkpoints) if i.step == target))
+        self._restore(whole[target])
         self.policy.load_state_dict(counters)
         self._forget_records()
         self._event("rollback", step=step, to_step=target, jump_steps=jumps)
+
+    def _whole_checkpoints(self) -> dict[int, Path]:
+        """Folders of the checkpoints that verify, by step, oldest first; the others are reported."""
+        whole = {}
+        for info in list_checkpoints(self.run_dir.checkpoints):
+            try:
+                verify_checkpoint(info.path)
+            except UserError as error:
+                self._event("damaged_checkpoint", checkpoint=info.step, reason=str(error))
+            else:
+                whole[info.step] = info.path
+        return whole
 
     def _head(self, planned: PlannedStep) -> Record:
         tokens = planned.rows * self.job.stage_config.seq_len
@@ -355,7 +368,7 @@ class _Loop:
         )
         path: Path | None = dist.from_main(found)
         for info, why in damaged:
-            self._event("damaged_checkpoint", step=info.step, reason=why)
+            self._event("damaged_checkpoint", checkpoint=info.step, reason=why)
         if path is None and damaged:
             raise UserError(f"no checkpoint in {self.run_dir.checkpoints} is whole; the newest: {damaged[0][1]}")
         if path is not None:
