@@ -37,6 +37,7 @@ def test_what_comes_after_a_step_is_forgotten(
     whole = run.metrics.read_bytes() if steps else b""
     torn = json.dumps({"kind": "step", "step": 99}).encode()[:cut]
     run.metrics.write_bytes(whole + torn)
+    run.mend()
     run.forget_after(last)
     kept = [step for step in steps if step <= last]
     assert [r["step"] for r in run.read_metrics()] == kept
@@ -49,7 +50,7 @@ def test_a_torn_event_does_not_swallow_the_next(tmp_path: Path) -> None:
     run.append_event({"event": "start", "step": 0})
     with run.events.open("ab") as file:
         file.write(b'{"event":"chec')
-    run.forget_after(0)
+    run.mend()
     run.append_event({"event": "resume", "step": 0})
     assert [e["event"] for e in run.read_events()] == ["start", "resume"]
 

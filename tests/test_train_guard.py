@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from train_helpers import STEPS, MadeUpSource, PoisonedLoss, numbers, small_config, small_job, weights
 
+from train_helpers import STEPS, MadeUpSource, PoisonedLoss, numbers, small_config, small_job, weights
 from trinity.base.errors import UserError
 from trinity.config import GuardConfig
 from trinity.optim.schedule import StepPlan
@@ -22,8 +22,8 @@ def judge(guard: SpikeGuard, loss: float, norm: float = 1.0) -> bool:
     return bool(guard.judge(torch.tensor(loss), torch.tensor(norm)).skip)
 
 
-def filled_guard(steps: int = 128, **changes: float) -> SpikeGuard:
-    guard = SpikeGuard(GuardConfig(**changes), CPU)
+def filled_guard(steps: int = 128, window: int = 128) -> SpikeGuard:
+    guard = SpikeGuard(GuardConfig(window=window), CPU)
     for step in range(steps):
         assert not judge(guard, 2.0 + 0.1 * math.sin(step), 1.0 + 0.1 * math.cos(step))
     return guard
@@ -159,7 +159,7 @@ def test_a_poisoned_batch_is_skipped_and_named(tmp_path: Path, kind: str, batch:
 
 
 def test_a_skipped_step_changes_nothing(tmp_path: Path) -> None:
-    """The run with a bad batch, stopped after it, has the weights, state and biases of the run that stopped before it."""
+    """A run that ends with a bad batch has the weights, state and biases of the run that ends before it."""
     tokens = {n: f'pretrain.phases=[{{name="a", tokens={n * 64}, weights={{x=1.0}}}}]' for n in (7, 8)}
     clean = poisoned_job(tmp_path / "clean", [], "nan", tokens[7], "pretrain.decay_fraction=0.0")
     bad = poisoned_job(tmp_path / "bad", [7], "nan", tokens[8], "pretrain.decay_fraction=0.0")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_helpers import STEPS, numbers, small_config, small_job, weights
 
+from train_helpers import STEPS, numbers, small_config, small_job, weights
 from trinity.base.rundir import RunDir
 from trinity.train import train
 from trinity.train.checkpoint import list_checkpoints, load_checkpoint, verify_checkpoint
@@ -66,7 +66,8 @@ def kill_until_finished(path: Path, seed: int, most_kills: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("seed", "most_kills"), [(0, 3), pytest.param(1, 15, marks=pytest.mark.slow), pytest.param(2, 15, marks=pytest.mark.slow)]
+    ("seed", "most_kills"),
+    [(0, 3), pytest.param(1, 15, marks=pytest.mark.slow), pytest.param(2, 15, marks=pytest.mark.slow)],
 )
 def test_killed_at_random_moments(tmp_path: Path, seed: int, most_kills: int) -> None:
     whole = small_job(tmp_path / "whole")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from train_helpers import STEPS, MadeUpSource, numbers, small_config, small_job, weights
 
+from train_helpers import STEPS, MadeUpSource, numbers, small_config, small_job, weights
 from trinity.base.errors import UserError
 from trinity.model.balance import max_vio
 from trinity.train import Evaluation, Outcome, train
@@ -121,9 +121,16 @@ def test_every_step_has_the_record_of_the_contract(tmp_path: Path) -> None:
         assert record["stage"] == "pretrain"
         for name in (scalars + " logit_mean seconds reward").split():
             assert math.isfinite(record[name]), name
-        for name in (
-            "max_vio_layers dead_experts load_entropy bias_min bias_max bias_norm router_min router_max".split()
-        ):
+        for name in [
+            "max_vio_layers",
+            "dead_experts",
+            "load_entropy",
+            "bias_min",
+            "bias_max",
+            "bias_norm",
+            "router_min",
+            "router_max",
+        ]:
             assert len(record[name]) == 3, name
         assert record["batch_het"] >= 0
         assert all(low <= high for low, high in zip(record["router_min"], record["router_max"], strict=True))
@@ -226,7 +233,7 @@ class Stops(MadeUpSource):
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     job = small_job(tmp_path_factory.mktemp("whole"))
     train(job)
-    yield job
+    return job
 
 
 @pytest.mark.parametrize("at", [0, 3, 5, 14, 19])
@@ -273,7 +280,7 @@ def test_no_whole_checkpoint_is_an_error_not_a_new_start(tmp_path: Path) -> None
     train(small_job(tmp_path))
     for path in (tmp_path / "checkpoints").iterdir():
         (path / "state.json").write_text("")
-    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
         train(small_job(tmp_path))
 
 
