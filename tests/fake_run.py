@@ -39,8 +39,12 @@ def make_stage(
     order = list(range(1, steps + 1))
     if rollback:
         bad = steps // 2
-        events += [{"time": now + bad + i, "stage": stage, "step": bad + i, "event": "skip", "loss": 9.1} for i in (1, 2, 3)]
-        events.append({"time": now + bad + 4, "stage": stage, "step": bad + 3, "event": "rollback", "to_step": bad - 20})
+        events += [
+            {"time": now + bad + i, "stage": stage, "step": bad + i, "event": "skip", "loss": 9.1} for i in (1, 2, 3)
+        ]
+        events.append(
+            {"time": now + bad + 4, "stage": stage, "step": bad + 3, "event": "rollback", "to_step": bad - 20}
+        )
         order = list(range(1, bad + 4)) + list(range(bad - 19, steps + 1))
     for step in order:
         done = step / steps
@@ -58,7 +62,9 @@ def make_stage(
             "logit_max": 9 + 4 * done + rng.gauss(0, 0.4), "logit_mean": -1 - done, "router_min": [-4 - 2 * done - 0.1 * i for i in range(layers)], "router_max": [3 + 2 * done + 0.1 * i for i in range(layers)], "seconds": 0.67,
         }  # fmt: skip
         if step % load_every == 0 or step == 1:
-            record["load"] = [[load ** (0.15 + 2 * calm) * math.exp(rng.gauss(0, 0.08)) for load in row] for row in loads]
+            record["load"] = [
+                [load ** (0.15 + 2 * calm) * math.exp(rng.gauss(0, 0.08)) for load in row] for row in loads
+            ]
             if done < 0.1:
                 record["load"][-1][0] = 0.0
         if stage == "rl":
@@ -66,19 +72,50 @@ def make_stage(
             record |= {"reward": 0.15 + 0.7 * gain + rng.gauss(0, 0.03), "reward_std": 0.3 - 0.15 * gain, "length": 6 - 2 * gain, "kl_gap": abs(rng.gauss(0.002, 0.001)), "clip_fraction": abs(rng.gauss(0.02, 0.01))}  # fmt: skip
         metrics.append(record)
         if step % max(1, steps // 6) == 0:
-            domains = {n: {"loss": loss + d, "bits_per_byte": (loss + d) / 2.9} for n, d in (("prose", 0.2), ("code", -0.5), ("math", 0.1))}
+            domains = {
+                n: {"loss": loss + d, "bits_per_byte": (loss + d) / 2.9}
+                for n, d in (("prose", 0.2), ("code", -0.5), ("math", 0.1))
+            }
             metrics.append({"kind": "eval", "stage": stage, "step": step, "loss": loss + 0.05, "bits_per_byte": (loss + 0.05) / 2.9, "domains": domains})  # fmt: skip
-            events.append({"time": now + step, "stage": stage, "step": step, "event": "checkpoint", "path": f"checkpoints/step-{step:08d}"})
+            events.append(
+                {
+                    "time": now + step,
+                    "stage": stage,
+                    "step": step,
+                    "event": "checkpoint",
+                    "path": f"checkpoints/step-{step:08d}",
+                }
+            )
             if stage == "extend":
                 grid = [{"length": n, "depth": d / 4, "score": min(1.0, max(0.0, 1.3 * done - n / 3000 + 0.1 * math.cos(d))), "samples": 20} for n in (256, 512, 1024, 2048) for d in range(5)]  # fmt: skip
-                metrics.append({"kind": "niah", "stage": stage, "step": step, "score": sum(c["score"] for c in grid) / len(grid), "grid": grid})
+                metrics.append(
+                    {
+                        "kind": "niah",
+                        "stage": stage,
+                        "step": step,
+                        "score": sum(c["score"] for c in grid) / len(grid),
+                        "grid": grid,
+                    }
+                )
     if stage in ("sft", "rl"):
-        metrics.append({"kind": "score", "stage": stage, "name": "arithmetic", "value": 0.31 if stage == "sft" else 0.88, "standard_error": 0.03, "samples": 200})
+        metrics.append(
+            {
+                "kind": "score",
+                "stage": stage,
+                "name": "arithmetic",
+                "value": 0.31 if stage == "sft" else 0.88,
+                "standard_error": 0.03,
+                "samples": 200,
+            }
+        )
     if finished:
         events.append({"time": now + steps, "stage": stage, "step": steps, "event": "finish", "seconds": steps * 0.67})
     write_lines(directory / "metrics.jsonl", metrics)
     write_lines(directory / "events.jsonl", events)
-    samples = [{"stage": stage, "step": s, "prompt": "The sea was", "text": f" {text} at step {s}, grey and wide."} for s in (0, steps // 2, steps)]
+    samples = [
+        {"stage": stage, "step": s, "prompt": "The sea was", "text": f" {text} at step {s}, grey and wide."}
+        for s in (0, steps // 2, steps)
+    ]
     samples.append({"stage": stage, "step": steps, "prompt": "3 + 4 =", "text": " 7" if stage == "rl" else " 12"})
     write_lines(directory / "samples.jsonl", samples)
     (directory / "run.toml").write_text(

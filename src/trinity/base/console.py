@@ -23,7 +23,9 @@ NARROW = 72
 """Columns under which the live line shows fewer fields."""
 
 _SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL)", re.IGNORECASE)
-_SECRET_FORM = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{16})\b")
+_SECRET_FORM = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{16})\b"
+)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -146,7 +148,9 @@ class Progress:
         self._task = self.console._live.add_task(self.title, total=self.total, detail="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         live = self.console._live
         if live is not None and self._task is not None:
             live.update(self._task, completed=self.done, detail=self.detail, refresh=True)
@@ -242,7 +246,9 @@ def _live_progress(console: Console) -> "RichProgress":
         columns.append(BarColumn(bar_width=24))
     columns += [
         TaskProgressColumn(),
-        TextColumn("{task.fields[detail]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        TextColumn(
+            "{task.fields[detail]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        ),
         TimeRemainingColumn(compact=True),
     ]
     rich_console = RichConsole(file=console.stream)  # honours NO_COLOR

@@ -24,12 +24,21 @@ class Chart(NamedTuple):
 
 
 LEARNING = (
-    Chart("loss", "Loss", "Training loss per optimizer step, the range inside each bucket, and held-out evaluations.", True),
+    Chart(
+        "loss",
+        "Loss",
+        "Training loss per optimizer step, the range inside each bucket, and held-out evaluations.",
+        True,
+    ),
     Chart("bits_per_byte", "Bits per byte by domain", "Held-out text; comparable between tokenizers."),
     Chart("lr_scale", "Learning rate", "Factor on the peak learning rates of both optimizers."),
 )
 EXPERTS = (
-    Chart("max_vio", "Load imbalance (MaxVio)", "Load of the busiest expert over the mean, less one. Mean over layers and worst layer."),
+    Chart(
+        "max_vio",
+        "Load imbalance (MaxVio)",
+        "Load of the busiest expert over the mean, less one. Mean over layers and worst layer.",
+    ),
     Chart("dead_experts", "Dead experts", "Experts without a single token in a step, summed over layers."),
     Chart("bias", "Expert bias, range", "Smallest and largest selection bias over all layers."),
     Chart("bias_norm", "Expert bias, norm", "Euclidean norm of a layer's biases: mean over layers and largest."),
@@ -52,6 +61,7 @@ REWARD = (
     Chart("kl_gap", "Sampler against trainer", "Divergence between the policy that sampled and the one that learns."),
     Chart("clip_fraction", "Clipped ratios", "Share of tokens whose probability ratio was clipped."),
 )
+NIAH = Chart("niah", "MK-NIAH over training", "Mean score over all lengths and depths.", True)
 LAYER_HEATS = (
     ("max_vio_layers", "MaxVio", "mean"),
     ("load_entropy", "Load entropy", "mean"),
@@ -77,12 +87,30 @@ def stage_charts(stage: Stage) -> dict[str, Any]:
     put("loss", [line("loss", "training"), _points(stage.evals, "loss", "held-out")], log=True, marks=True)
     put("bits_per_byte", _domains(stage.evals))
     put("lr_scale", [line("lr_scale", "scale", plain=True)], zero=True)
-    put("max_vio", [line("max_vio", "mean", value_of="max_vio_layers"), line.layer("max_vio_layers", "worst layer", "max", np.nanmax)], zero=True, log=True)
+    put(
+        "max_vio",
+        [
+            line("max_vio", "mean", value_of="max_vio_layers"),
+            line.layer("max_vio_layers", "worst layer", "max", np.nanmax),
+        ],
+        zero=True,
+        log=True,
+    )
     put("dead_experts", [line.layer("dead_experts", "experts", "max", np.nansum)], zero=True, format="int")
     put("bias", [line.span("bias_min", "bias_max", "range")])
-    put("bias_norm", [line.layer("bias_norm", "mean", "mean", np.nanmean), line.layer("bias_norm", "largest", "max", np.nanmax)], zero=True)
+    put(
+        "bias_norm",
+        [line.layer("bias_norm", "mean", "mean", np.nanmean), line.layer("bias_norm", "largest", "max", np.nanmax)],
+        zero=True,
+    )
     put("router", [line.span("router_min", "router_max", "range")])
-    put("load_entropy", [line.layer("load_entropy", "mean", "mean", np.nanmean), line.layer("load_entropy", "lowest", "min", np.nanmin)])
+    put(
+        "load_entropy",
+        [
+            line.layer("load_entropy", "mean", "mean", np.nanmean),
+            line.layer("load_entropy", "lowest", "min", np.nanmin),
+        ],
+    )
     put("grad_norm", [line("grad_norm", "norm")], log=True, start_log=True)
     put("logit_max", [line("logit_max", "largest"), line("logit_mean", "mean")])
     put("batch_het", [line("batch_het", "BatchHet")], zero=True)
@@ -112,7 +140,9 @@ class _Lines:
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
 
-    def __call__(self, name: str, label: str, *, plain: bool = False, value_of: str | None = None) -> dict[str, Any] | None:
+    def __call__(
+        self, name: str, label: str, *, plain: bool = False, value_of: str | None = None
+    ) -> dict[str, Any] | None:
         """A scalar; without its own record, the mean over layers of `value_of`."""
         values = self._stage.scalars.get(name)
         if values is None:
@@ -229,7 +259,11 @@ def _load(stage: Stage) -> dict[str, Any] | None:
     with np.errstate(divide="ignore", invalid="ignore"):
         code = np.clip(np.round(128 + 127 * np.log2(load_SLE) / math.log2(8)), 1, 255)
     code = np.where(load_SLE > 0, np.nan_to_num(code, nan=128.0), 0).astype(np.uint8)
-    dense = stage.settings.get("model", {}).get("num_dense_layers", 0) if isinstance(stage.settings.get("model"), dict) else 0
+    dense = (
+        stage.settings.get("model", {}).get("num_dense_layers", 0)
+        if isinstance(stage.settings.get("model"), dict)
+        else 0
+    )
     return {
         "steps": [step for step, _ in stage.loads],
         "layers": load_SLE.shape[1],

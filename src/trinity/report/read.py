@@ -17,7 +17,12 @@ import numpy as np
 from trinity.base.errors import UserError
 from trinity.report.series import Folded, kept_steps
 
-STAGES = {"pretrain": "Pretraining", "extend": "Context extension", "sft": "Supervised tuning", "rl": "Reinforcement learning"}
+STAGES = {
+    "pretrain": "Pretraining",
+    "extend": "Context extension",
+    "sft": "Supervised tuning",
+    "rl": "Reinforcement learning",
+}
 """Stage names in the order of a pipeline, with their titles."""
 
 SCALARS = (
@@ -52,6 +57,8 @@ class Stage:
     events: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    """Where each setting came from, by dotted key; empty when it was not recorded."""
     repeated: int = 0
     """Step records that a later record of the same step replaced."""
     notes: list[str] = field(default_factory=list)
@@ -118,8 +125,10 @@ def _read_folder(folder: Path) -> list[Stage]:
         _append(builder(record).stage.samples, record, MAX_SAMPLES)
     settings = _read_settings(folder / "run.toml", notes)
     stages = [b.finish() for b in builders.values()] or [Stage(first, folder)]
+    recorded = _read_object(folder / "origins.json", notes)
+    origins = {key: value for key, value in recorded.items() if isinstance(value, str)}
     for stage in stages:
-        stage.settings = settings
+        stage.settings, stage.origins = settings, origins
     stages[0].notes += notes
     return stages
 
@@ -145,7 +154,7 @@ class _Builder:
             self.stage.evals = [r for r in self.stage.evals if r["step"] != step] + [record]
         elif kind == "niah" and isinstance(record.get("grid"), list):
             self.stage.niah = [r for r in self.stage.niah if r["step"] != step] + [record]
-            del self.stage.niah[: -MAX_GRIDS]
+            del self.stage.niah[:-MAX_GRIDS]
 
     def _step(self, step: int, record: dict[str, Any]) -> None:
         self.steps.append(step)

@@ -29,10 +29,15 @@ def kept_steps(step_N: np.ndarray) -> np.ndarray:
 
 
 def smooth(y_N: np.ndarray, span: float) -> np.ndarray:
-    """Exponential moving average with weight 1/span for a new value, corrected for its start; gaps are carried over.
+    """Mean of an exponential moving average from the left and one from the right, so that the curve lags behind nothing.
 
+    A new value has weight 1/span; both averages are corrected for their start; gaps are carried over.
     Args: y_N float64, may hold NaN; span in records, at least 1.
     """
+    return (_average(y_N, span) + _average(y_N[::-1], span)[::-1]) / 2
+
+
+def _average(y_N: np.ndarray, span: float) -> np.ndarray:
     decay = 1.0 - 1.0 / max(1.0, span)
     out = np.full(y_N.size, np.nan)
     total = weight = 0.0
@@ -44,11 +49,13 @@ def smooth(y_N: np.ndarray, span: float) -> np.ndarray:
     return out
 
 
-def envelope(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS, *, smoothed: bool = True) -> dict[str, list[Any]] | None:
+def envelope(
+    x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS, *, smoothed: bool = True
+) -> dict[str, list[Any]] | None:
     """A curve of at most `points` buckets: `x` (the last of a bucket), `y` (mean), `lo` and `hi`, and `s` (smoothed).
 
-    Values that are not finite are left out; returns None when none is left. `lo` and `hi` are absent when every bucket holds one
-    value, `s` when there are too few values to smooth.
+    Values that are not finite are left out; returns None when none is left. `lo` and `hi` are absent when every bucket
+    holds one value, `s` when there are too few values to smooth.
     """
     finite = np.isfinite(y_N)
     x_N, y_N = x_N[finite], y_N[finite]
@@ -62,7 +69,7 @@ def envelope(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS, *, smoothed
         curve["lo"] = rounded(np.minimum.reduceat(y_N, starts))
         curve["hi"] = rounded(np.maximum.reduceat(y_N, starts))
     if smoothed and x_N.size >= 20:
-        curve["s"] = rounded(smooth(y_N, max(5.0, x_N.size / 50))[ends - 1])
+        curve["s"] = rounded(smooth(y_N, max(4.0, x_N.size / 60))[ends - 1])
     return curve
 
 
@@ -107,9 +114,7 @@ class Folded:
     def _merge(self) -> None:
         self.fold *= 2
         pairs = zip(self._groups[::2], self._groups[1::2], strict=True)
-        self._groups = [
-            (b[0], a[1] + b[1], a[2] + b[2], np.fmin(a[3], b[3]), np.fmax(a[4], b[4])) for a, b in pairs
-        ]
+        self._groups = [(b[0], a[1] + b[1], a[2] + b[2], np.fmin(a[3], b[3]), np.fmax(a[4], b[4])) for a, b in pairs]
 
     def __len__(self) -> int:
         return len(self._groups)
