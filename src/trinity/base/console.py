@@ -73,21 +73,22 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
 
 
 class Console:
-    """Writes progress and messages to one stream (standard error by default)."""
+    """Writes progress and messages to one stream (standard error by default); a quiet one writes nothing."""
 
     def __init__(
         self,
         stream: TextIO | None = None,
         *,
         interactive: bool | None = None,
+        quiet: bool = False,
         log_interval: float = LOG_INTERVAL,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stream = sys.stderr if stream is None else stream
-        self.interactive = _is_terminal(self.stream) if interactive is None else interactive
+        self.interactive = (_is_terminal(self.stream) if interactive is None else interactive) and not quiet
         self.log_interval = log_interval
         self.clock = clock
-        self._closed = False
+        self._closed = quiet
         self._live: RichProgress | None = None
 
     @property
@@ -178,6 +179,12 @@ class Progress:
             self._printed = self.console.clock()
             self._line(self._estimate())
 
+    def expect(self, total: float) -> None:
+        """Set the total once it is known."""
+        self.total = total
+        if self._task is not None and self.console._live is not None:
+            self.console._live.update(self._task, total=total)
+
     def remaining(self) -> float | None:
         """Seconds left at the average speed so far, None while unknown."""
         counted = self.done - self._counted_from
@@ -196,32 +203,35 @@ class Progress:
 
 
 class TrainingView:
-    """Shows the records of a training loop: `on_step` moves the live line, `on_event` and evaluations are said."""
+    """Watches a training loop: a step moves the live line, events and evaluations are said."""
 
     def __init__(self, console: Console, progress: Progress) -> None:
         self._console, self._progress = console, progress
 
-    def on_step(self, record: Mapping[str, Any]) -> None:
-        """Take one record of `metrics.jsonl`, of any kind."""
-        kind = record.get("kind", "step")
-        if kind == "step":
-            self._progress.set(record["step"], self._detail(record))
-        elif kind == "eval":
-            per_byte = record.get("bits_per_byte")
-            ending = "" if per_byte is None else f"  bits per byte {per_byte:.4f}"
-            self._console.say(f"step {record['step']}  held-out loss {record['loss']:.4f}{ending}")
-        elif kind == "niah":
-            self._console.say(f"step {record['step']}  MK-NIAH {record['score']:.3f}")
-        elif kind == "score":
-            self._console.say(f"{record['name']} {record['value']:.4f}")
+    def on_step(self, record: dict[str, Any]) -> None:
+        """Take a `step` record of metrics.jsonl."""
+        self._progress.set(record["step"], self._detail(record))
 
-    def on_event(self, record: Mapping[str, Any]) -> None:
-        """Take one record of `events.jsonl`."""
+    def on_metric(self, record: dict[str, Any]) -> None:
+        """Take a record of an evaluation: `eval`, `niah` or `score`."""
+        names = {"loss": "held-out loss", "bits_per_byte": "bits per byte", "score": "MK-NIAH"}
+        if record.get("kind") == "score":
+            names = {"value": str(record.get("name", "score"))}
+        shown = [
+            f"{label} {record[key]:.4f}" for key, label in names.items() if isinstance(record.get(key), int | float)
+        ]
+        if shown:
+            self._console.say("  ".join([f"step {record.get('step', 0)}", *shown]))
+
+    def on_event(self, record: dict[str, Any]) -> None:
+        """Take a record of events.jsonl; the start of a stage tells how many steps it has."""
+        if isinstance(record.get("steps"), int):
+            self._progress.expect(record["steps"])
         rest = {k: v for k, v in record.items() if k not in ("time", "stage", "step", "event")}
         shown = "  ".join(f"{key} {value}" for key, value in rest.items() if isinstance(value, str | int | float))
         self._console.say(f"step {record.get('step', 0)}  {record['event']}  {shown}".rstrip()[:400])
 
-    def _detail(self, record: Mapping[str, Any]) -> str:
+    def _detail(self, record: dict[str, Any]) -> str:
         narrow = self._console.interactive and self._console.width < NARROW
         fields = [("loss", "loss", "{:.3f}"), ("reward", "reward", "{:.3f}")]
         if not narrow:

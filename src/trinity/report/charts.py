@@ -39,11 +39,15 @@ EXPERTS = (
         "Load imbalance (MaxVio)",
         "Load of the busiest expert over the mean, less one. Mean over layers and worst layer.",
     ),
-    Chart("dead_experts", "Dead experts", "Experts without a single token in a step, summed over layers."),
+    Chart("dead_experts", "Dead experts", "Experts that had no token for many steps in a row, summed over layers."),
     Chart("bias", "Expert bias, range", "Smallest and largest selection bias over all layers."),
     Chart("bias_norm", "Expert bias, norm", "Euclidean norm of a layer's biases: mean over layers and largest."),
     Chart("router", "Router logits", "Smallest and largest router logit over all layers."),
-    Chart("load_entropy", "Load entropy", "Entropy of the load over experts as recorded: mean over layers and lowest."),
+    Chart(
+        "load_entropy",
+        "Load entropy",
+        "Entropy of the load over experts, 1 when it is even: mean over layers and lowest.",
+    ),
 )
 STABILITY = (
     Chart("grad_norm", "Gradient norm", "Global norm before clipping."),

@@ -33,8 +33,8 @@ SECTIONS = (
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run directory or a pipeline directory; returns its path.
 
-    Works on unfinished, killed and damaged runs: what is missing is named on the page. An earlier report of the same directory is
-    replaced. Raises UserError when the directory holds no run.
+    Works on unfinished, killed and damaged runs: what is missing is named on the page. An earlier report of the same
+    directory is replaced. Raises UserError when the directory holds no run.
     """
     run_dir = Path(run_dir)
     html = render(read_run(run_dir))
@@ -84,7 +84,7 @@ def _page(run: Run) -> dict[str, Any]:
     repeated = sum(stage.repeated for stage in run.stages)
     if repeated:
         notes.append(
-            f"{repeated:,} steps were taken again after a rollback or a resumption; the charts show the steps that count."
+            f"{repeated:,} steps were taken again after a rollback or a resumption; the charts show those that count."
         )
     return {
         "name": tables.name(run),

@@ -25,11 +25,11 @@ STAGES = {
 }
 """Stage names in the order of a pipeline, with their titles."""
 
-SCALARS = (
-    "tokens loss ce z_loss sequence_loss grad_norm lr_scale rows tokens_per_second mfu batch_het max_vio logit_max "
-    "logit_mean seconds reward reward_std length kl_gap clip_fraction"
-).split()
-LAYERED = "max_vio_layers dead_experts load_entropy bias_min bias_max bias_norm router_min router_max".split()
+SCALARS = """
+    tokens loss ce z_loss sequence_loss grad_norm lr_scale rows tokens_per_second mfu batch_het max_vio logit_max
+    logit_mean seconds reward reward_std length kl_gap clip_fraction
+""".split()  # noqa: SIM905
+LAYERED = "max_vio_layers dead_experts load_entropy bias_min bias_max bias_norm router_min router_max".split()  # noqa: SIM905
 
 LOAD_CELLS = 600_000
 """Expert-load values of a whole page at most, one byte each."""
@@ -44,7 +44,7 @@ class Stage:
 
     name: str
     path: Path
-    step_N: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    step_N: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # noqa: N815
     scalars: dict[str, np.ndarray] = field(default_factory=dict)
     phases: list[tuple[int, str]] = field(default_factory=list)
     """(first step, name) of each run of equal phase names."""

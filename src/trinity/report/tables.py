@@ -15,6 +15,7 @@ from trinity.report.read import Run, Stage
 MAX_TABLE_EVENTS = 600
 MAX_PROMPTS = 24
 MAX_GRIDS = 6
+NONE = "\N{EN DASH}"
 SHORT = {"pretrain": "Pretrain", "extend": "Extend", "sft": "SFT", "rl": "RL"}
 
 
@@ -82,7 +83,7 @@ def _headline(stage: Stage) -> tuple[str, str]:
     loss = stage.scalars.get("loss")
     if loss is not None:
         return f"{loss[np.isfinite(loss)][-1]:.3f}", "training loss, last step"
-    return "–", "no step yet"
+    return NONE, "no step yet"
 
 
 def retrieval(run: Run) -> list[dict[str, Any]]:
@@ -110,7 +111,7 @@ def _grid(record: dict[str, Any]) -> dict[str, Any]:
     score = record.get("score")
     return {
         "step": f"{record['step']:,}",
-        "score": f"{100 * score:.0f}%" if _finite(score) else "–",
+        "score": f"{100 * float(score):.0f}%" if score is not None and _finite(score) else NONE,
         "depths": [f"{100 * d:.0f}%" if max(depths) <= 1 else f"{d:g}" for d in depths],
         "rows": rows,
     }
@@ -118,26 +119,31 @@ def _grid(record: dict[str, Any]) -> dict[str, Any]:
 
 def _cell(cell: dict[str, Any] | None) -> dict[str, Any]:
     if cell is None or not _finite(cell.get("score")):
-        return {"score": None, "text": "–", "title": ""}
+        return {"score": None, "text": NONE, "title": ""}
     score = min(1.0, max(0.0, float(cell["score"])))
     samples = f", {cell['samples']} questions" if isinstance(cell.get("samples"), int) else ""
     return {"score": round(score, 3), "text": f"{100 * score:.0f}", "title": f"{100 * score:.1f}%{samples}"}
 
 
 def scores(run: Run) -> list[dict[str, str]]:
-    """Rows of the table of scores."""
+    """Rows of the table of scores: the first and the last value of each task in each stage."""
     rows = []
     for stage in run.stages:
-        for r in stage.scores:
-            number = {k: f"{r[k]:.4g}" if _finite(r.get(k)) else "–" for k in ("value", "standard_error")}
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        for record in sorted(stage.scores, key=lambda r: r["step"] if isinstance(r.get("step"), int) else 0):
+            if _finite(record.get("value")):
+                by_name.setdefault(str(record.get("name", "score")), []).append(record)
+        for task, records in by_name.items():
+            last = records[-1]
             rows.append(
                 {
-                    "name": str(r.get("name", "–")),
+                    "name": task,
                     "stage": stage.title,
-                    "step": f"{r['step']:,}" if isinstance(r.get("step"), int) else "–",
-                    "value": number["value"],
-                    "error": number["standard_error"],
-                    "samples": f"{r['samples']:,}" if isinstance(r.get("samples"), int) else "–",
+                    "first": f"{records[0]['value']:.4g}" if len(records) > 1 else NONE,
+                    "value": f"{last['value']:.4g}",
+                    "error": f"{last['standard_error']:.2g}" if _finite(last.get("standard_error")) else NONE,
+                    "samples": f"{last['samples']:,}" if isinstance(last.get("samples"), int) else NONE,
+                    "step": _step(last),
                 }
             )
     return rows
@@ -150,7 +156,7 @@ def samples(run: Run) -> tuple[list[dict[str, Any]], int]:
         for r in sorted(stage.samples, key=lambda r: r["step"] if isinstance(r.get("step"), int) else 0):
             prompt, text = r.get("prompt"), r.get("text")
             if isinstance(prompt, str) and isinstance(text, str):
-                when = f"{stage.title}, step {r.get('step', '–')}"
+                when = f"{stage.title}, step {r.get('step', NONE)}"
                 by_prompt.setdefault(redact(prompt), []).append({"when": when, "text": redact(text) or "(nothing)"})
     groups = [
         {"prompt": prompt or "(empty prompt)", "ends": [s[0], s[-1]] if len(s) > 1 else s, "between": s[1:-1]}
@@ -174,7 +180,7 @@ def events(run: Run) -> tuple[list[dict[str, str]], int]:
         {
             "time": _time(e.get("time")),
             "stage": stage.title,
-            "step": f"{e['step']:,}" if isinstance(e.get("step"), int) else "–",
+            "step": _step(e),
             "event": e["event"],
             "detail": _detail({k: v for k, v in e.items() if k not in ("time", "stage", "step", "event")}),
         }
@@ -256,13 +262,17 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def _step(record: dict[str, Any]) -> str:
+    return f"{record['step']:,}" if isinstance(record.get("step"), int) else NONE
+
+
 def _time(value: Any) -> str:
     if not _finite(value):
-        return str(value) if isinstance(value, str) else "–"
+        return str(value) if isinstance(value, str) else NONE
     try:
         return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S")
     except (OverflowError, OSError, ValueError):
-        return "–"
+        return NONE
 
 
 def _finite(value: Any) -> bool:
