@@ -10,8 +10,8 @@ from trinity.cli.options import example
 app = typer.Typer(
     name="trinity",
     help="Train, extend, tune, evaluate and use Trinity sparse mixture-of-experts language models.",
-    epilog="Every verb explains itself: trinity VERB --help. Exit status: 0 done, 1 failed, 2 wrong usage, 128 + N when "
-    "signal N ended it.",
+    epilog="Every verb explains itself: trinity VERB --help. "
+    "Exit status: 0 done, 1 failed, 2 wrong usage, 128 + N when signal N ended it.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

@@ -67,10 +67,10 @@ def show_tokenizer(
         "fingerprint": tokenizer.fingerprint,
     }
     if text is not None:
-        text = sys.stdin.read() if text == "-" else text
-        ids = tokenizer.encode(text)
+        whole = sys.stdin.read() if text == "-" else text
+        ids = tokenizer.encode(whole)
         result["tokens"] = [{"id": i, "text": tokenizer.decode([i])} for i in ids]
-        result["bytes_per_token"] = round(len(text.encode()) / max(1, len(ids)), 3)
+        result["bytes_per_token"] = round(len(whole.encode()) / max(1, len(ids)), 3)
     if as_json:
         print_json(result)
         return

@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _interrupted()
     except BrokenPipeError:  # the reader of standard output went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 1
+    except SystemExit as leaving:  # typer's way out of the same
+        return 1 if leaving.code else 0
     except ModuleNotFoundError as error:
         if debug or (error.name or "").split(".")[0] == "trinity":
             raise
@@ -45,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return _fail(f"{what} (this is a bug or an unforeseen condition; --debug shows where)", 1)
+    if status == 128 + signal.SIGINT:
+        return _interrupted()
     return status if isinstance(status, int) else 0
 
 

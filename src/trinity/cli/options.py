@@ -99,7 +99,7 @@ def note(text: str) -> None:
 
 
 def _run_settings(path: Path) -> Path | None:
-    """run.toml of a run directory, of the run that a checkpoint or an exported model lies in, or of a pipeline's last stage."""
+    """run.toml of a run, of the run around a checkpoint or an exported model, or of a pipeline's last stage."""
     stages = [path / stage for stage in ("rl", "sft", "extend", "pretrain")]
     for folder in (path, path.parent, path.parent.parent, *stages):
         if (folder / "run.toml").is_file():

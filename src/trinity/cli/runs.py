@@ -100,10 +100,11 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
 
 def list_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
     """List the checkpoints of a run."""
+    folders = _checkpoint_folders(run)
     from trinity.base.console import quantity
     from trinity.train.checkpoint import list_checkpoints as find
 
-    found = [c for folder in _checkpoint_folders(run) for c in find(folder)]
+    found = [c for folder in folders for c in find(folder)]
     if as_json:
         print_json([{"path": str(c.path), "step": c.step, "bytes": c.bytes, "complete": c.complete} for c in found])
         return
@@ -113,11 +114,12 @@ def list_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
 
 def verify_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
     """Read every checkpoint of a run against its checksums."""
+    folders = _checkpoint_folders(run)
     from trinity.train.checkpoint import list_checkpoints as find
     from trinity.train.checkpoint import verify_checkpoint
 
     results: dict[str, str] = {}
-    for folder in _checkpoint_folders(run):
+    for folder in folders:
         for checkpoint in find(folder):
             try:
                 verify_checkpoint(checkpoint.path)

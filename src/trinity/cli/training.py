@@ -15,7 +15,6 @@ from trinity.cli.options import (
     FromOption,
     JsonOption,
     OverlayOption,
-    RunDirOption,
     SettingsArgument,
     ShowOption,
     is_main_process,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trinity.report.read import Stage
-from trinity.report.series import POINTS, envelope, rounded
+from trinity.report.series import POINTS, envelope, is_number, is_step, rounded
 
 MAX_MARKS = 240
 """Event marks on the time axis of a stage at most."""
@@ -174,7 +174,7 @@ class _Lines:
 
 
 def _points(records: list[dict[str, Any]], key: str, label: str, *, joined: bool = False) -> dict[str, Any] | None:
-    pairs = [(r["step"], r[key]) for r in records if _finite(r.get(key))]
+    pairs = [(r["step"], r[key]) for r in records if is_number(r.get(key))]
     if not pairs:
         return None
     picks = np.unique(np.linspace(0, len(pairs) - 1, min(POINTS, len(pairs))).round().astype(int))
@@ -239,7 +239,7 @@ def _bands(stage: Stage) -> list[dict[str, Any]]:
 def _marks(stage: Stage) -> list[dict[str, Any]]:
     """Events for the time axis; when there are too many, checkpoints go first."""
     kinds = ("skip", "rollback", "jump", "resume", "stop", "dead_expert", "checkpoint")
-    found = [e for e in stage.events if e["event"] in kinds and isinstance(e.get("step"), int)]
+    found = [e for e in stage.events if e["event"] in kinds and is_step(e.get("step"))]
     if len(found) > MAX_MARKS:
         found = [e for e in found if e["event"] != "checkpoint"][:MAX_MARKS]
     return [{"x": e["step"], "kind": e["event"]} for e in found]
@@ -275,7 +275,3 @@ def _load(stage: Stage) -> dict[str, Any] | None:
         "first": dense if isinstance(dense, int) else 0,
         "data": base64.b64encode(code.tobytes()).decode(),
     }
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

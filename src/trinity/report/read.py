@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from trinity.base.errors import UserError
-from trinity.report.series import Folded, kept_steps
+from trinity.report.series import Folded, is_number, is_step, kept_steps
 
 STAGES = {
     "pretrain": "Pretraining",
@@ -146,7 +146,7 @@ class _Builder:
         kind, step = record.get("kind", "step"), record.get("step")
         if kind == "score":
             _append(self.stage.scores, record, MAX_GRIDS)
-        elif not isinstance(step, int) or isinstance(step, bool):
+        elif not is_step(step):
             return
         elif kind == "step":
             self._step(step, record)
@@ -267,9 +267,4 @@ def _append(records: list[dict[str, Any]], record: dict[str, Any], most: int) ->
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan
+    return float(value) if is_number(value) else math.nan

@@ -5,7 +5,7 @@ reader: every reduction here keeps extremes.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -13,6 +13,18 @@ POINTS = 600
 """Points of one curve on the page; about one for each two pixels of the widest chart."""
 COLUMNS = 160
 """Columns of a heat map over time."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value out of a JSON file is a finite number that fits a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e300  # False for NaN
+
+
+def is_step(value: Any) -> TypeGuard[int]:
+    """Whether a value out of a JSON file is a step."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 def kept_steps(step_N: np.ndarray) -> np.ndarray:
@@ -29,7 +41,7 @@ def kept_steps(step_N: np.ndarray) -> np.ndarray:
 
 
 def smooth(y_N: np.ndarray, span: float) -> np.ndarray:
-    """Mean of an exponential moving average from the left and one from the right, so that the curve lags behind nothing.
+    """Mean of an exponential moving average from the left and one from the right: the curve lags behind nothing.
 
     A new value has weight 1/span; both averages are corrected for their start; gaps are carried over.
     Args: y_N float64, may hold NaN; span in records, at least 1.

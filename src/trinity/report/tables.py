@@ -1,7 +1,6 @@
 """The parts of the page that are words and tables: stage cards, scores, samples, events, settings, environment."""
 
 import json
-import math
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from trinity.base.console import duration, quantity, redact
 from trinity.config import ModelConfig, RunConfig
 from trinity.report.read import Run, Stage
+from trinity.report.series import is_number, is_step
 
 MAX_TABLE_EVENTS = 600
 MAX_PROMPTS = 24
@@ -73,12 +73,12 @@ def _headline(stage: Stage) -> tuple[str, str]:
     if reward is not None:
         tail = reward[np.isfinite(reward)][-max(1, reward.size // 20) :]
         return f"{tail.mean():.2f}", "mean reward at the end"
-    if stage.name == "extend" and stage.niah and _finite(stage.niah[-1].get("score")):
+    if stage.name == "extend" and stage.niah and is_number(stage.niah[-1].get("score")):
         return f"{100 * stage.niah[-1]['score']:.0f}%", "MK-NIAH"
     for record in reversed(stage.evals):
-        if stage.name != "sft" and _finite(record.get("bits_per_byte")):
+        if stage.name != "sft" and is_number(record.get("bits_per_byte")):
             return f"{record['bits_per_byte']:.3f}", "bits per byte, held out"
-        if _finite(record.get("loss")):
+        if is_number(record.get("loss")):
             return f"{record['loss']:.3f}", "held-out loss"
     loss = stage.scalars.get("loss")
     if loss is not None:
@@ -104,21 +104,21 @@ def _grid(record: dict[str, Any]) -> dict[str, Any]:
     cells = {
         (c["length"], c["depth"]): c
         for c in record["grid"]
-        if isinstance(c, dict) and _finite(c.get("length")) and _finite(c.get("depth"))
+        if isinstance(c, dict) and is_number(c.get("length")) and is_number(c.get("depth"))
     }
     lengths, depths = sorted({k[0] for k in cells}), sorted({k[1] for k in cells})
     rows = [{"length": f"{n:,}", "cells": [_cell(cells.get((n, d))) for d in depths]} for n in lengths]
     score = record.get("score")
     return {
         "step": f"{record['step']:,}",
-        "score": f"{100 * float(score):.0f}%" if score is not None and _finite(score) else NONE,
+        "score": f"{100 * float(score):.0f}%" if score is not None and is_number(score) else NONE,
         "depths": [f"{100 * d:.0f}%" if max(depths) <= 1 else f"{d:g}" for d in depths],
         "rows": rows,
     }
 
 
 def _cell(cell: dict[str, Any] | None) -> dict[str, Any]:
-    if cell is None or not _finite(cell.get("score")):
+    if cell is None or not is_number(cell.get("score")):
         return {"score": None, "text": NONE, "title": ""}
     score = min(1.0, max(0.0, float(cell["score"])))
     samples = f", {cell['samples']} questions" if isinstance(cell.get("samples"), int) else ""
@@ -130,8 +130,8 @@ def scores(run: Run) -> list[dict[str, str]]:
     rows = []
     for stage in run.stages:
         by_name: dict[str, list[dict[str, Any]]] = {}
-        for record in sorted(stage.scores, key=lambda r: r["step"] if isinstance(r.get("step"), int) else 0):
-            if _finite(record.get("value")):
+        for record in sorted(stage.scores, key=lambda r: r["step"] if is_step(r.get("step")) else 0):
+            if is_number(record.get("value")):
                 by_name.setdefault(str(record.get("name", "score")), []).append(record)
         for task, records in by_name.items():
             last = records[-1]
@@ -141,7 +141,7 @@ def scores(run: Run) -> list[dict[str, str]]:
                     "stage": stage.title,
                     "first": f"{records[0]['value']:.4g}" if len(records) > 1 else NONE,
                     "value": f"{last['value']:.4g}",
-                    "error": f"{last['standard_error']:.2g}" if _finite(last.get("standard_error")) else NONE,
+                    "error": f"{last['standard_error']:.2g}" if is_number(last.get("standard_error")) else NONE,
                     "samples": f"{last['samples']:,}" if isinstance(last.get("samples"), int) else NONE,
                     "step": _step(last),
                 }
@@ -153,7 +153,7 @@ def samples(run: Run) -> tuple[list[dict[str, Any]], int]:
     """Samples by prompt in the order of the pipeline, and the number of prompts left out."""
     by_prompt: dict[str, list[dict[str, str]]] = {}
     for stage in run.stages:
-        for r in sorted(stage.samples, key=lambda r: r["step"] if isinstance(r.get("step"), int) else 0):
+        for r in sorted(stage.samples, key=lambda r: r["step"] if is_step(r.get("step")) else 0):
             prompt, text = r.get("prompt"), r.get("text")
             if isinstance(prompt, str) and isinstance(text, str):
                 when = f"{stage.title}, step {r.get('step', NONE)}"
@@ -263,17 +263,13 @@ def _text(value: Any) -> str:
 
 
 def _step(record: dict[str, Any]) -> str:
-    return f"{record['step']:,}" if isinstance(record.get("step"), int) else NONE
+    return f"{record['step']:,}" if is_step(record.get("step")) else NONE
 
 
 def _time(value: Any) -> str:
-    if not _finite(value):
+    if not is_number(value):
         return str(value) if isinstance(value, str) else NONE
     try:
         return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S")
     except (OverflowError, OSError, ValueError):
         return NONE
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
