@@ -8,7 +8,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest
 QUICK := not slow and not gpu and not clients
 # With an NVIDIA GPU the newest torch that fits, with CUDA; else one version, which package indexes with CPU builds
-# give without CUDA packages. Another build: make TORCH='torch --index-url https://download.pytorch.org/whl/cpu' ...
+# give without CUDA packages.
 TORCH ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'torch==2.13.0')
 
 .DEFAULT_GOAL := help

@@ -120,7 +120,7 @@ def _train_tokenizer(out: Path, config: RunConfig, corpus: Sequence[Path], conso
     from trinity.data.corpus import Input, list_files, read_documents
     from trinity.tokenizer import train_tokenizer
 
-    total = sum(file.text_bytes for file in list_files([Input(path) for path in corpus]).files)
+    total = sum(file.text_bytes for file in list_files([Input.parse(path) for path in corpus]).files)
     texts = (document.text for document in read_documents(corpus))
     with console.progress("Learning the vocabulary", total=min(total, config.tokenizer.sample_bytes), unit="B") as view:
         tokenizer = train_tokenizer(texts, config.tokenizer, progress=view.set, total_bytes=total)
