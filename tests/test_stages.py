@@ -1,5 +1,8 @@
 """Every stage end to end on a tiny model, resumed to the same end, and refusing what does not fit together."""
 
+import os
+import signal
+
 import pytest
 import torch
 
