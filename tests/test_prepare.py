@@ -54,7 +54,7 @@ def test_documents_arrive_once_and_whole(tmp_path):
         shards.verify()
         assert shards.tokenizer_fingerprint == TOKENIZER.fingerprint
         assert all(shards.tokens(doc)[-1] == TOKENIZER.eos_id for doc in range(shards.num_documents))
-    texts = [TOKENIZER.decode(s.tokens(doc)) for s in (train, val) for doc in range(s.num_documents)]
+    texts = [TOKENIZER.decode(s.tokens(doc).tolist()) for s in (train, val) for doc in range(s.num_documents)]
     expected = {json.loads(line)["text"] for line in (tmp_path / "in/a.jsonl").read_text().splitlines()[:120]}
     expected |= {f"only here {i}" for i in range(20)} | {(tmp_path / "in/c.txt").read_text(), "print('hello')\n" * 3}
     assert len(texts) == len(set(texts))
@@ -107,7 +107,7 @@ def test_long_documents_are_tokenized_in_pieces_that_join(tmp_path):
     prepare([tmp_path / "book.txt"], Watched(), tmp_path / "out", val_fraction=0.0)
     shards = Shards.open(tmp_path / "out/train")
     assert shards.num_documents == 1
-    assert TOKENIZER.decode(shards.tokens(0)) == text
+    assert TOKENIZER.decode(shards.tokens(0).tolist()) == text
     assert Watched.longest <= 2 << 20
 
 
@@ -126,10 +126,10 @@ def test_another_result_in_the_same_place_needs_force(tmp_path):
         run(inputs, out, min_chars=50)
     with pytest.raises(UserError, match="made differently: by the tokenizer"):
         prepare([inputs], ByteTokenizer(vocab_size=300), out, unit_bytes=4000, val_fraction=0.2)
-    with pytest.raises(UserError, match="without the input .*c.txt=poems"):
+    with pytest.raises(UserError, match=r"without the input .*c.txt=poems"):
         prepare([f"{inputs / 'c.txt'}=poems"], TOKENIZER, out, unit_bytes=4000, val_fraction=0.2)
     (inputs / "c.txt").write_text("changed")
-    with pytest.raises(UserError, match="before .*c.txt was changed"):
+    with pytest.raises(UserError, match=r"before .*c.txt was changed"):
         run(inputs, out)
     assert run(inputs, out, force=True).fingerprint != first.fingerprint
 
@@ -159,7 +159,7 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_nothing_left_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\nbroken\n')
-    with pytest.raises(UserError, match="no document is left .*not JSON 1, too short 1"):
+    with pytest.raises(UserError, match=r"no document is left .*not JSON 1, too short 1"):
         prepare([tmp_path / "a.jsonl"], TOKENIZER, tmp_path / "out", min_chars=5)
 
 

@@ -8,14 +8,14 @@ import numpy as np
 from trinity.base.files import atomic_write
 
 DOCUMENTS_AT_ONCE = 1 << 25
-"""Hashes sorted in memory at once, about; 24 bytes each, several times that while sorting."""
+"""Hashes sorted in memory at once, about: 24 bytes each, and several times that during the sort."""
 
 
 def choose_kept(scans: Sequence[Path], keep_path: Path, deduplicate: bool, at_once: int = DOCUMENTS_AT_ONCE) -> None:
     """Write which documents of all scans, in order, are kept, as a NumPy file of bool.
 
-    Of equal documents that no filter dropped, the first in the order of the inputs is kept. Memory: a few bytes for each
-    document, and one partition of the hashes.
+    Of equal documents that no filter dropped, the first in the order of the inputs is kept. Memory: a few bytes for
+    each document, and one partition of the hashes.
     """
     keep = np.concatenate([_member(scan, "verdicts") == 0 for scan in scans])
     partitions = 1

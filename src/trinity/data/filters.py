@@ -33,7 +33,7 @@ _WORD_START = re.compile(r"(?<=\S)(?= \S)")
 
 
 def judge(text: str, min_chars: int, max_chars: int | None, quality: bool) -> str | None:
-    """The reason to drop a text, or None. `quality` turns the last three rules on; they see the first 65 536 characters."""
+    """The reason to drop a text, or None. `quality` turns the last three rules on; they see the first SAMPLE_CHARS."""
     if not text or text.isspace():
         return "empty"
     if len(text) < min_chars:
@@ -70,11 +70,11 @@ def is_held_out(content_hash: bytes, fraction: float) -> bool:
 
 
 def cut_text(text: str, limit: int = PIECE_CHARS) -> list[str]:
-    """Cut a long text where tokenizers' patterns cut as well, so that tokenizing the pieces gives the tokens of the whole.
+    """Cut a long text where tokenizers' patterns cut as well, so that the pieces have the tokens of the whole.
 
-    Tokenizers keep tens of bytes for each token while they work; a text of a gigabyte in one call would need tens of gigabytes.
-    The cut falls after a line break before a non-space, else before a space inside the line, else (one endless word) at the limit,
-    where it may cost a token. It depends on the text alone.
+    Tokenizers keep tens of bytes for each token while they work; a text of a gigabyte in one call would need tens of
+    gigabytes. The cut falls after a line break before a non-space, else before a space inside the line, else (one
+    endless word) at the limit, where it may cost a token. It depends on the text alone.
     """
     pieces = []
     start = 0
@@ -93,8 +93,8 @@ def _last(pattern: re.Pattern[str], text: str, start: int, stop: int) -> int | N
     window = 1024
     while True:
         begin = max(start, stop - window)
-        # Look-ahead must see the character after `stop`.
-        ends = [match.end() for match in pattern.finditer(text, begin, stop)]
+        # Two characters more, for the look-ahead.
+        ends = [match.end() for match in pattern.finditer(text, begin, stop + 2) if match.end() <= stop]
         if ends:
             return ends[-1]
         if begin == start:

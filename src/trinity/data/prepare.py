@@ -99,14 +99,15 @@ def prepare(
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Prepared:
-    """Filter, deduplicate, hold out and tokenize documents into the shard directories `out_dir/train` and `out_dir/val`.
+    """Filter, deduplicate, hold out and tokenize documents into the shards `out_dir/train` and `out_dir/val`.
 
-    The same call goes on after a kill and returns at once when everything is there. The content depends on the inputs and
-    their order, the tokenizer and the settings, not on `workers`, kills or where the files lie; a document goes to `val` by
-    the hash of its text. `unit_bytes` of text make one unit of work (default: a 64th of all, within 1 MiB and 1 GiB).
+    The same call goes on after a kill and returns at once when everything is there. The content depends on the inputs
+    and their order, the tokenizer and the settings, not on `workers`, kills or where the files lie; a document goes to
+    `val` by the hash of its text. `unit_bytes` of text make one unit of work (default: a 64th of all, within 1 MiB and
+    1 GiB).
 
-    Raises UserError for inputs that cannot be read, for an `out_dir` of other inputs, settings or tokenizer (unless `force`,
-    which starts over), when no document is left, and when the disk is full (what is committed stays).
+    Raises UserError for inputs that cannot be read, for an `out_dir` of other inputs, settings or tokenizer (unless
+    `force`, which starts over), when no document is left, and when the disk is full (what is committed stays).
     """
     _check_arguments(inputs, workers, val_fraction, unit_bytes)
     out = Path(out_dir)
@@ -184,7 +185,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _claim(out: Path, plan: dict[str, Any], force: bool) -> bool:
-    """Make `out` the place of this plan; whether everything is there already. Raises UserError when it is another's place."""
+    """Make `out` the place of this plan; True if everything is there already, UserError if it is another's place."""
     ours = {*SPLITS, WORK, RESULT}
     present = {path.name for path in out.iterdir()}
     if not present <= ours:

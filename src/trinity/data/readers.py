@@ -298,7 +298,7 @@ def _read_hub(piece: Piece, columns: Columns, on_drop: OnDrop) -> Iterator[Docum
 
 
 def open_hub(address: str) -> Any:
-    """The data set that `hf://owner/name[/config][:split]` names, in the library's cache; the split is `train` if absent."""
+    """The data set that `hf://owner/name[/config][:split]` names, in the library's cache; split `train` if absent."""
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:

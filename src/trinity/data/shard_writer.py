@@ -222,7 +222,7 @@ def write_shards(
     eos_id: int,
     file_tokens: int = 1 << 28,
 ) -> None:
-    """Write documents that are tokens already as a shard directory; a token file ends once it has `file_tokens` tokens."""
+    """Write documents that are tokens already as a shard directory; a file ends at `file_tokens` or more tokens."""
     directory = Path(directory)
     indexes: list[Path] = []
     remaining = iter(documents)

@@ -6,11 +6,11 @@ A shard directory holds
   uint32;
 - `documents/NAME.bin`: one column each of the document index (COLUMNS), in the order of the documents;
 - beside each of them NAME.bin.crc: a crc32 for every 64 KiB;
-- `manifest.json`: counts, tokenizer, domains, the files with their sizes and checksums, the content's fingerprint, its own
-  checksum.
+- `manifest.json`: counts, tokenizer, domains, the files with their sizes and checksums, the content's fingerprint, its
+  own checksum.
 
-Opening reads the manifest and file sizes. A block is verified when it is first used, so that a damaged byte cannot get into
-a batch.
+Opening reads the manifest and file sizes. A block is verified when it is first used, so that a damaged byte cannot get
+into a batch.
 """
 
 import hashlib
@@ -61,8 +61,8 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 class Shards:
     """The documents of one shard directory, numbered from 0.
 
-    Tokens and columns are read-only views of memory maps. Raises UserError for a missing, truncated or damaged file, with
-    its name and the place. May be used by several threads; pickles as its directory.
+    Tokens and columns are read-only views of memory maps. Raises UserError for a missing, truncated or damaged file,
+    with its name and the place. May be used by several threads; pickles as its directory.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -132,7 +132,7 @@ class Shards:
         return self._files[number].view(begin + start, begin + stop)
 
     def describe(self, doc: int) -> dict[str, Any]:
-        """Where a document comes from: source, id, domain; offset is its first token's number in the token file `file`."""
+        """Where a document comes from: source, id, domain; offset is its first token's number in the file `file`."""
         assert 0 <= doc < self.num_documents, doc
         number, begin = self._place(doc)
         return {

@@ -20,8 +20,8 @@ def run_jobs(
 ) -> Iterator[Any]:
     """Yield the results of `function(*job, *shared)` in the order in which the jobs end.
 
-    The first error of a job is raised once the jobs under way have ended; those not begun are given up. Workers are spawned,
-    not forked: tokenizers and pyarrow run threads. They end when this process is killed.
+    The first error of a job is raised once the jobs under way have ended; those not begun are given up. Workers are
+    spawned, not forked: tokenizers and pyarrow run threads. They end when this process is killed.
     """
     workers = min(workers, len(jobs))
     if workers <= 1:
@@ -35,7 +35,7 @@ def run_jobs(
             yield future.result()
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed, perhaps for lack of memory; run the same command again to go on, with fewer workers"
+            "a worker process was killed, perhaps for lack of memory; run the same command again, with fewer workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

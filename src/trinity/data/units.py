@@ -1,7 +1,6 @@
-"""The work of `prepare` as pure functions of one unit: they read input files, write their own files, and run in any process."""
+"""The work of `prepare` as pure functions of one unit: they read inputs, write their files, and run anywhere."""
 
 import json
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -120,8 +119,8 @@ def encode_unit(
 ) -> Tally:
     """Tokenize the kept documents of a unit into `out/SPLIT/tokens-NNNNNN.bin`, committed by both splits' `index_path`.
 
-    The unit's documents are numbers [first, stop) of `work/keep.npy`. Raises UserError when they are not those that were
-    scanned.
+    The unit's documents are numbers [first, stop) of `work/keep.npy`. Raises UserError when they are not those that
+    were scanned.
     """
     kept = np.load(work / "keep.npy", mmap_mode="r")[first:stop]
     with np.load(scan_path(work, unit.number), allow_pickle=False) as scan:
