@@ -23,8 +23,8 @@ from trinity.optim.schedule import StepPlan
 from trinity.train import LossOutput, TrainJob, language_model_loss, train
 
 SMALL = (
-    "model={vocab_size=61, num_layers=4, num_dense_layers=1, dim=16, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24,"
-    " expert_dim=8, num_experts=4, experts_per_token=2, window=8, max_positions=64}",
+    "model={vocab_size=61, num_layers=4, num_dense_layers=1, dim=16, num_heads=2, num_kv_heads=1, head_dim=8,"
+    " ffn_dim=24, expert_dim=8, num_experts=4, experts_per_token=2, window=8, max_positions=64}",
     "pretrain.seq_len=16",
     "pretrain.micro_rows=2",
     "pretrain.warmup_steps=2",

@@ -3,10 +3,15 @@
 Every function works without an initialised process group, so callers need no second path for one process.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from trinity.base.errors import UserError
+
+T = TypeVar("T")
 
 
 def initialized() -> bool:
@@ -41,13 +46,6 @@ def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set on any rank: every rank gets the same answer. A collective, and a host sync."""
-    if world_size() == 1:
-        return flag
-    return bool(all_reduce_max(torch.tensor(float(flag), device=device)).item())
-
-
 def gather_objects(value: Any) -> list[Any]:
     """`value` of every rank, in rank order, on every rank (small objects that this program made itself)."""
     if world_size() == 1:
@@ -64,6 +62,22 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 and give every rank its result; a UserError of rank 0 is raised on every rank."""
+    if world_size() == 1:
+        return work()
+    result: tuple[T | None, str | None] = (None, None)
+    if is_main():
+        try:
+            result = (work(), None)
+        except UserError as error:
+            result = (None, str(error))
+    value, message = from_main(result)
+    if message is not None:
+        raise UserError(message)
+    return value
 
 
 def barrier() -> None:

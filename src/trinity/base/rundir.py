@@ -105,13 +105,16 @@ class RunDir:
         for path in (self.metrics, self.samples):
             records = read_jsonl(path)
             kept = [r for r in records if r.get("step", 0) <= step]
-            torn = path.exists() and not path.read_bytes().endswith(b"\n")
-            if len(kept) < len(records) or torn:
+            if len(kept) < len(records):
                 _rewrite(path, kept)
             dropped += len(records) - len(kept)
-        if self.events.exists() and not self.events.read_bytes().endswith(b"\n"):
-            _rewrite(self.events, read_jsonl(self.events))
         return dropped
+
+    def mend(self) -> None:
+        """Drop a last line that a kill cut off, so that the next record does not continue it."""
+        for path in (self.metrics, self.events, self.samples):
+            if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+                _rewrite(path, read_jsonl(path))
 
     def flush(self) -> None:
         """Bring the records to the disk itself: after this they survive a power failure."""

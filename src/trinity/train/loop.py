@@ -17,6 +17,7 @@ import torch
 
 from trinity.base import dist
 from trinity.base.errors import UserError
+from trinity.base.rundir import RunDir
 from trinity.optim.schedule import PlannedStep
 from trinity.train import resume
 from trinity.train.checkpoint import (
@@ -29,6 +30,7 @@ from trinity.train.checkpoint import (
     latest_good,
     list_checkpoints,
     load_checkpoint,
+    verify_checkpoint,
 )
 from trinity.train.guard import GuardPolicy, SpikeGuard
 from trinity.train.hardware import peak_flops
@@ -49,15 +51,19 @@ def train(job: TrainJob) -> TrainResult:
     left, when the disk is full and when training does not recover. SIGTERM and Ctrl-C end it after the step, saved.
     """
     with ExitStack() as stack:
-        if dist.is_main():
-            job.run_dir.create()
-            stack.enter_context(job.run_dir.lock())
+        dist.on_main(lambda: _occupy(job.run_dir, stack))
         stop = stack.enter_context(StopSignal())
         loop = _Loop(job, stop)
         try:
             return loop.run()
         finally:
             loop.close()
+
+
+def _occupy(run_dir: RunDir, stack: ExitStack) -> None:
+    run_dir.create()
+    stack.enter_context(run_dir.lock())
+    run_dir.mend()
 
 
 @dataclass(frozen=True)
@@ -208,16 +214,28 @@ class _Loop:
     def _roll_back(self, step: int) -> None:
         self.in_flight.clear()
         self._wait_for_writer()
-        whole = [info.step for info in list_checkpoints(self.run_dir.checkpoints) if info.complete]
+        whole = dist.on_main(self._whole_checkpoints)
         if not whole:
             raise UserError(f"step {step} asks for a rollback, but {self.run_dir.checkpoints} has no whole checkpoint")
-        target = self.policy.plan_rollback(dist.from_main(whole), step)
+        target = self.policy.plan_rollback(list(whole), step)
         jumps = sorted(s for s in self.policy.jumps if s > target)
         counters = self.policy.state_dict()
-        self._restore(next(i.path for i in list_checkpoints(self.run_dir.checkpoints) if i.step == target))
+        self._restore(whole[target])
         self.policy.load_state_dict(counters)
         self._forget_records()
         self._event("rollback", step=step, to_step=target, jump_steps=jumps)
+
+    def _whole_checkpoints(self) -> dict[int, Path]:
+        """Folders of the checkpoints that verify, by step, oldest first; the others are reported."""
+        whole = {}
+        for info in list_checkpoints(self.run_dir.checkpoints):
+            try:
+                verify_checkpoint(info.path)
+            except UserError as error:
+                self._event("damaged_checkpoint", checkpoint=info.step, reason=str(error))
+            else:
+                whole[info.step] = info.path
+        return whole
 
     def _head(self, planned: PlannedStep) -> Record:
         tokens = planned.rows * self.job.stage_config.seq_len
@@ -335,29 +353,17 @@ class _Loop:
         self.policy.checkpoint_written(self.step)
 
     def _wait_for_writer(self) -> None:
-        self.writer.wait()
+        dist.on_main(self.writer.wait)
         for info in self.writer.written():
             self._report_checkpoint(info)
-        dist.barrier()
 
     def _report_checkpoint(self, info: CheckpointInfo) -> None:
         self._event("checkpoint", step=info.step, path=f"checkpoints/{info.path.name}", bytes=info.bytes)
 
     def _open(self) -> None:
         """Start, or resume from the newest whole checkpoint."""
-        job, changed = self.job, []
-        if dist.is_main():
-            changed = resume.open_settings(self.run_dir, job.config, job.stage)
-            clean_partials(self.run_dir.checkpoints)
-        damaged: list[tuple[CheckpointInfo, str]] = []
-        found = (
-            latest_good(self.run_dir.checkpoints, lambda i, why: damaged.append((i, why))) if dist.is_main() else None
-        )
-        path: Path | None = dist.from_main(found)
-        for info, why in damaged:
-            self._event("damaged_checkpoint", step=info.step, reason=why)
-        if path is None and damaged:
-            raise UserError(f"no checkpoint in {self.run_dir.checkpoints} is whole; the newest: {damaged[0][1]}")
+        job = self.job
+        changed, path = dist.on_main(self._find_start)
         if path is not None:
             self._restore(path)
         self._forget_records()
@@ -368,6 +374,22 @@ class _Loop:
             self._save(wait=False)
         else:
             self._event("resume", checkpoint=f"checkpoints/{path.name}", changed=changed, **peak)
+
+    def _find_start(self) -> tuple[list[str], Path | None]:
+        """The settings that changed since the run's start, and the checkpoint to resume from. On the main rank."""
+        folder = self.run_dir.checkpoints
+        changed = resume.open_settings(self.run_dir, self.job.config, self.job.stage)
+        clean_partials(folder)
+        damaged: list[str] = []
+
+        def report(info: CheckpointInfo, reason: str) -> None:
+            damaged.append(reason)
+            self._event("damaged_checkpoint", checkpoint=info.step, reason=reason)
+
+        path = latest_good(folder, report)
+        if path is None and damaged:
+            raise UserError(f"no checkpoint in {folder} is whole; the newest: {damaged[0]}")
+        return changed, path
 
     def _restore(self, path: Path) -> None:
         snapshot = load_checkpoint(path)

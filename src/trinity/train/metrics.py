@@ -118,4 +118,4 @@ class ExpertWatch:
         return [row.tolist() for row in self._idle_LE]
 
     def load_state_dict(self, state: list[list[int]]) -> None:
-        self._idle_LE = np.array(state, dtype=np.int64).reshape(len(state), -1)
+        self._idle_LE = np.array(state, dtype=np.int64).reshape(len(state), -1 if state else 0)
