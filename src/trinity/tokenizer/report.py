@@ -68,7 +68,7 @@ def rival_splits() -> dict[str, PreTokenizer]:
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
-    deepseek = (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", DEEPSEEK_MAIN)
+    deepseek = (r"\p{N}{1,3}", r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", DEEPSEEK_MAIN)
     return {
         "cl100k": pre_tokenizers.Split(Regex(cl100k), "isolated"),
         "deepseek-v3": pre_tokenizers.Sequence(

@@ -64,12 +64,12 @@ class Tokenizer:
         self._own_cuts = spec["pre_tokenizer"] == json.loads(trinity_pre_tokenizer().__getstate__())
         self.vocab_size: int = self._full.get_vocab_size(with_added_tokens=True)
         self.fingerprint: str = hashlib.sha256(tokenizer_json.encode()).hexdigest()
-        byte_ids = [self._plain.token_to_id(character) for character in byte_alphabet()]
-        if None in byte_ids:
-            raise UserError(
-                f"the vocabulary lacks byte 0x{byte_ids.index(None):02x}; a byte-level BPE tokenizer is needed"
-            )
-        self._byte_ids: list[int] = byte_ids
+        self._byte_ids: list[int] = []
+        for byte, character in enumerate(byte_alphabet()):
+            byte_id = self._plain.token_to_id(character)
+            if byte_id is None:
+                raise UserError(f"the vocabulary lacks byte 0x{byte:02x}; a byte-level BPE tokenizer is needed")
+            self._byte_ids.append(byte_id)
         self.eos_id: int = self.special_id(eos_token)
         self.pad_id: int = self.special_id(pad_token)
 
@@ -220,8 +220,8 @@ class Tokenizer:
                 found = _SURROGATES.search(text)
                 if found:
                     raise UserError(
-                        f"text {number} holds the lone surrogate U+{ord(found[0][0]):04X} at character {found.start()}, "
-                        "which is not valid Unicode; replace it, or encode the original bytes"
+                        f"text {number} holds the lone surrogate U+{ord(found[0][0]):04X} at character "
+                        f"{found.start()}, which is not valid Unicode; replace it, or encode the original bytes"
                     ) from None
             raise
 
