@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def as_rank(monkeypatch):
     return pretend
 
 
-def stage_for(folder, name):
+def stage_for(folder, name) -> Any:
     config = tiny_config(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     return SimpleNamespace(name=name, config=config, settings=getattr(config, name), tokenizer=tokenizer)
@@ -115,9 +116,10 @@ def test_retrieval_goes_on_from_its_state(folder):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_conversation_is_trained_on_once_an_epoch(folder, as_rank, ranks):
     seen = []
+    data, plan, _ = chat_source(folder)
     for rank in range(ranks):
         as_rank(rank, ranks)
-        data, plan, source = chat_source(folder)
+        _, _, source = chat_source(folder)
         for step in range(len(plan)):
             batches = source.next_batch(step)
             assert sum(map(len, batches)) == 4 // ranks
