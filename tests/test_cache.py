@@ -52,7 +52,7 @@ def test_a_pool_gives_back_what_was_written_last_in_any_interleaving(data: st.Da
     block = data.draw(st.sampled_from([1, 3, 4]))
     pool = BlockPool(1, CONFIG, 3, block, ring, CPU, torch.float32)
     lengths = [0, 0, 0]
-    for slot in data.draw(st.lists(st.integers(0, 2), max_size=60)):
+    for slot in data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=60)):
         if lengths[slot] > 20:
             pool.release(slot)
             lengths[slot] = 0

@@ -55,7 +55,7 @@ def test_greedy_tokens_and_step_logits_equal_the_golden_data(models: dict[str, T
             fed = [token]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_any_schedule_of_chunks_equals_the_full_forward(models: dict[str, Transformer], data: st.DataObject) -> None:
     """Ragged batches of prompts shorter and far longer than the window, cut anywhere, decoded in any company."""
@@ -89,7 +89,7 @@ def test_any_schedule_of_chunks_equals_the_full_forward(models: dict[str, Transf
             assert close(torch.cat(parts), model(torch.tensor([row]))[0])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_batches_with_continuous_admission_equal_generation_alone(
     models: dict[str, Transformer], data: st.DataObject

@@ -1,5 +1,8 @@
 """Every stage end to end on a tiny model, resumed to the same end, and refusing what does not fit together."""
 
+import os
+import signal
+
 import pytest
 import torch
 
@@ -170,3 +173,18 @@ def test_shards_of_another_tokenizer_are_refused(folder, tmp_path):
     config = tiny_config(folder, data={"shards": str(tmp_path / "shards")})
     with pytest.raises(UserError, match="another tokenizer"):
         pretrain.run(config, tmp_path / "run")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_whole_path_runs_on_a_gpu(folder, tmp_path, compiled):
+    runtime = {"device": "cuda", "dtype": "bfloat16", "compile": compiled}
+    config = tiny_config(folder, runtime=runtime)
+    start = None
+    for name, stage in STAGES.items():
+        result = stage.run(config, tmp_path / name, start_from=start)
+        assert result.train.finished
+        start = tmp_path / name
+    steps = RunDir(tmp_path / "rl").read_metrics("step")
+    assert all(step["kl_gap"] < 0.1 for step in steps)

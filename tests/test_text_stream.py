@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trinity.infer.text import TextStream
@@ -35,6 +35,7 @@ def cut(data: bytes, borders: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in zip(points, points[1:], strict=False)]
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.one_of(st.text().map(str.encode), st.binary()), st.lists(st.integers(0, 1000)))
 def test_pieces_join_to_the_decoded_text(data: bytes, borders: list[int]) -> None:
     out, text = stream(cut(data, borders))
@@ -46,6 +47,7 @@ def test_a_character_is_given_whole() -> None:
     assert [piece for piece in out if piece] == ["a", "\u20ac", "\U0001f600", "b"]
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.text(alphabet="abx", max_size=30), st.lists(st.text(alphabet="abx", min_size=1, max_size=4), max_size=3), st.data())
 def test_stop_strings_cut_the_text_however_it_is_cut(text: str, stops: list[str], data: st.DataObject) -> None:
     borders = data.draw(st.lists(st.integers(0, 100)))

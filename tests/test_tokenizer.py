@@ -132,6 +132,10 @@ def test_loading_names_what_is_wrong(directory: Path, tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer.json: .*cannot be read"):
         Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": [{"name": "default", "template": ""}]}')
+    with pytest.raises(UserError, match="several chat templates"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
     spec = json.loads((directory / "tokenizer.json").read_text())
     del spec["model"]["vocab"]["!"]
     spec["model"]["merges"] = []

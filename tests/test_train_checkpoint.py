@@ -318,7 +318,7 @@ def test_saving_behind_surfaces_its_error(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(tensorfile.os, "write", fail)
     writer.save(snapshot(4), wait=False)
-    with pytest.raises(UserError, match="step 4 .*Input/output error"):
+    with pytest.raises(UserError, match=r"step 4 .*Input/output error"):
         writer.wait()
     writer.wait()
     assert whole(tmp_path) == [2, 3]

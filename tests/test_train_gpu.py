@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_helpers import STEPS, MadeUpSource, PoisonedLoss, small_config, small_job, weights
 
+from train_helpers import STEPS, MadeUpSource, PoisonedLoss, small_config, small_job, weights
 from trinity.model.transformer import Transformer
 from trinity.optim.optimizer import build_optimizer
 from trinity.optim.schedule import StepPlan

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from train_helpers import STEPS, MadeUpSource, numbers, small_config, small_job, weights
 from trinity.base.errors import UserError
 from trinity.model.balance import max_vio
+from trinity.model.transformer import Transformer
 from trinity.train import Evaluation, Outcome, train
 from trinity.train.guard import SpikeGuard
 from trinity.train.losses import language_model_loss, to_device
@@ -23,6 +23,10 @@ from trinity.train.precision import MasterWeights
 from trinity.train.step import StepRunner, clip_, step_share, total_norm
 
 CPU = torch.device("cpu")
+PER_LAYER = (
+    *("max_vio_layers", "dead_experts", "load_entropy", "bias_min", "bias_max", "bias_norm"),
+    *("router_min", "router_max", "router_entropy"),
+)
 
 
 def one_step(micro_rows: int, tmp_path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], nn.Module]:
@@ -74,7 +78,8 @@ def test_the_loss_is_the_formula_of_the_spec(tmp_path: Path) -> None:
     keep_N = targets_N != -100
     ce = nn.functional.cross_entropy(logits_NV[keep_N], targets_N[keep_N])
     z_loss = 0.01 * logits_NV[keep_N].logsumexp(1).square().mean()
-    routing = job.model.features(batch.tokens_BT, batch.segments_BT, batch.positions_BT).routing  # type: ignore[operator]
+    assert isinstance(job.model, Transformer)
+    routing = job.model.features(batch.tokens_BT, batch.segments_BT, batch.positions_BT).routing
     expected = ce + z_loss + 0.05 * routing.sequence_loss
     torch.testing.assert_close(output.loss, expected)
     parameters = list(job.model.parameters())
@@ -121,16 +126,7 @@ def test_every_step_has_the_record_of_the_contract(tmp_path: Path) -> None:
         assert record["stage"] == "pretrain"
         for name in (scalars + " logit_mean seconds reward").split():
             assert math.isfinite(record[name]), name
-        for name in [
-            "max_vio_layers",
-            "dead_experts",
-            "load_entropy",
-            "bias_min",
-            "bias_max",
-            "bias_norm",
-            "router_min",
-            "router_max",
-        ]:
+        for name in PER_LAYER:
             assert len(record[name]) == 3, name
         assert record["batch_het"] >= 0
         assert all(low <= high for low, high in zip(record["router_min"], record["router_max"], strict=True))
@@ -230,7 +226,7 @@ class Stops(MadeUpSource):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     job = small_job(tmp_path_factory.mktemp("whole"))
     train(job)
     return job

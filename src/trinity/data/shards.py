@@ -91,14 +91,22 @@ class Shards:
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return type(self), (self.directory,)
 
-    @cached_property
+    @property
     def lengths(self) -> np.ndarray:
         """[n] int64: tokens of each document, its eos included."""
-        return self._columns["lengths"].whole()
+        return self._lengths
 
     @cached_property
+    def _lengths(self) -> np.ndarray:
+        return self._columns["lengths"].whole()
+
+    @property
     def domain_ids(self) -> np.ndarray:
         """[n] uint16: index into `domains`."""
+        return self._domain_ids
+
+    @cached_property
+    def _domain_ids(self) -> np.ndarray:
         return self._columns["domain_ids"].whole()
 
     @cached_property

@@ -115,10 +115,12 @@ def config_from_public(public: Mapping[str, Any], where: Path) -> ModelConfig:
         "embed_scale": public.get("mup_enabled", False),
         "route_norm": public.get("route_norm", True),
     }
-    if public.get("initializer_range") is not None:
-        fields["init_scale"] = round(public["initializer_range"] * public["hidden_size"] ** 0.5, 9)
     try:
-        return ModelConfig(**fields)
+        config = ModelConfig(**fields)
+        deviation = public.get("initializer_range")
+        if not deviation:
+            return config
+        return ModelConfig(**{**fields, "init_scale": round(deviation * config.dim**0.5, 9)})
     except ValidationError as error:
         first = error.errors()[0]
         names = {field: name for name, field in _SAME.items()}
@@ -144,9 +146,9 @@ def _rope_theta(public: Mapping[str, Any], where: Path) -> float:
     """The base from `rope_parameters` or from the top level; both given must agree, and scaling is refused."""
     parameters = public.get("rope_parameters") or {}
     scaling = public.get("rope_scaling") or {}
-    kind = parameters.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise UserError(f"{where}: RoPE scaling of type {kind!r} cannot be computed, only 'default'")
+    kinds = {place.get(key) or "default" for place in (parameters, scaling) for key in ("rope_type", "type")}
+    if kinds != {"default"}:
+        raise UserError(f"{where}: RoPE of type {max(kinds - {'default'})!r} cannot be computed, only 'default'")
     found = {float(v) for v in (parameters.get("rope_theta"), public.get("rope_theta")) if v is not None}
     if len(found) > 1:
         raise UserError(

@@ -9,6 +9,7 @@ the weights rounded to the type of the files, so that rounding is no excuse for 
 
 import dataclasses
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -201,9 +202,11 @@ def _transformers_model(directory: Path) -> Iterator[Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as about the empty matrices it makes when nothing is shared
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+            )
         yield model.eval()
     finally:
         logging.set_verbosity(verbosity)

@@ -67,7 +67,7 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
     tokenizer.check_model_vocab(config.model.vocab_size)
     device = open_device(config)
     with device:
-        model = Transformer(config.model, kernels=config.runtime.kernels)
+        model = Transformer(config.model, kernels=config.runtime.kernels, recompute=config.runtime.recompute)
     if start_from is None:
         model.init_weights(config.runtime.seed)
     else:
@@ -75,6 +75,9 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
     if not config.runtime.master_weights:
         model.to(getattr(torch, config.runtime.dtype))
     optimizer = build_optimizer(model, config.model, config.optim)
+    if config.runtime.compile and device.type == "cuda":
+        for block in model.layers:
+            block.compile()
     return Stage(name, config, settings, RunDir(run_dir), device, tokenizer, model, optimizer)
 
 

@@ -87,6 +87,8 @@ class Tokenizer:
         config_path, template_path = directory / "tokenizer_config.json", directory / "chat_template.jinja"
         config = read_json(config_path)
         template = template_path.read_text(encoding="utf-8") if template_path.exists() else config.get("chat_template")
+        if template is not None and not isinstance(template, str):
+            raise UserError(f"{config_path} holds several chat templates; write the one to use to {template_path}")
         eos = _token_name(config.get("eos_token")) or END_OF_TEXT
         try:
             return cls(text, template, eos, _token_name(config.get("pad_token")) or eos, config.get("model_max_length"))
