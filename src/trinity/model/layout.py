@@ -14,7 +14,7 @@ from trinity.ops.attention import AttentionPlan, dense_plan, fast_plan
 
 @dataclass(frozen=True)
 class Layout:
-    """Made once per batch by `make_layout`; context parallelism makes its own, with plans that gather keys and values."""
+    """Made once per batch by `make_layout`; context parallelism makes its own, with plans that gather keys, values."""
 
     turn: Rotation
     local_plan: AttentionPlan
@@ -32,9 +32,9 @@ def make_layout(
 ) -> Layout:
     """For rows of `shape` (B, T).
 
-    `segments_BT` int: the document of each token inside its row, contiguous, -1 for padding; None means one document per row.
-    Padding attends to padding, so that its outputs are finite, and is counted nowhere. `positions_BT` int: place in the
-    document; by default counted from the segments.
+    `segments_BT` int: the document of each token inside its row, contiguous, -1 for padding; None means one document
+    per row. Padding attends to padding, so that its outputs are finite, and is counted nowhere. `positions_BT` int:
+    place in the document; by default counted from the segments.
     """
     plan = fast_plan if kernels == "fast" else dense_plan
     local_plan = plan(*shape, config.window, segments_BT, device)

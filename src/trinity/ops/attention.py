@@ -12,6 +12,7 @@ Suffixes as in `trinity.model`; S keys, U queries of a block, n blocks of a row.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from trinity.ops.matmul import widens
 
 
 class AttentionPlan(Protocol):
@@ -162,8 +165,9 @@ def fast_plan(
 ) -> AttentionPlan:
     """The fastest plan of the device for rows of `seq_len` tokens.
 
-    `window=None` is a global layer. `segments_BT` int: the number of the document of each token, documents being contiguous;
-    None means that each row is one document. Call it once per batch and kind of layer; on CUDA it does not wait for the device.
+    `window=None` is a global layer. `segments_BT` int: the number of the document of each token, documents being
+    contiguous; None means that each row is one document. Call it once per batch and kind of layer; on CUDA it does
+    not wait for the device.
     """
     if window is not None and window >= seq_len:
         window = None
@@ -179,7 +183,7 @@ def fast_plan(
 
 
 def document_lengths(segments_BT: Tensor) -> tuple[int, ...]:
-    """Tokens of each run of equal segment numbers, rows one after the other (the CPU plans only: it reads the values)."""
+    """Tokens of each run of equal segment numbers, rows one after the other. Reads the values: not for a GPU."""
     num_rows, seq_len = segments_BT.shape
     new_BT = torch.ones_like(segments_BT, dtype=torch.bool)
     new_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
@@ -224,17 +228,21 @@ def _flex_plan(
     return FlexPlan(block_mask)
 
 
-def _causal(window: int | None):
+def _causal(window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     def causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query >= key
 
+    if window is None:
+        return causal
+    size = window
+
     def local(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (query - key < window)
+        return (query >= key) & (query - key < size)
 
-    return causal if window is None else local
+    return local
 
 
-def _causal_in_document(window: int | None, segments_BT: Tensor):
+def _causal_in_document(window: int | None, segments_BT: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     inside = _causal(window)
 
     def causal_in_document(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -249,7 +257,9 @@ def _compiled(function):
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """scaled_dot_product_attention on [*, T, heads, K]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    """scaled_dot_product_attention on [*, T, heads, K], widened to float32 where that is faster (`ops/matmul.py`)."""
+    dtype, wide = q.dtype, widens(q)
+    q, k, v = ((x.float() if wide else x).transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return o.transpose(1, 2).to(dtype)

@@ -1,8 +1,9 @@
 """Losses over a large vocabulary without the logits of all tokens.
 
-The logits of `chunk_tokens` tokens exist at a time. `fused_cross_entropy` computes the gradients in the forward pass, chunk by chunk,
-so that no logits are kept or computed twice; `token_logprobs` computes them again in the backward pass, because there the
-gradient of each token is not known before. A target of -100 gives no loss and a gradient of exactly zero.
+The logits of `chunk_tokens` tokens exist at a time. `fused_cross_entropy` computes the gradients in the forward pass,
+chunk by chunk, so that no logits are kept or computed twice; `token_logprobs` computes them again in the backward
+pass, because there the gradient of each token is not known before. A target of -100 gives no loss and a gradient of
+exactly zero.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from trinity.ops.autograd import once_differentiable
 from trinity.ops.matmul import widens
 
 IGNORE = -100
@@ -58,7 +59,8 @@ def fused_cross_entropy(
 ) -> CrossEntropy:
     """Cross-entropy and z-loss of `x_ND @ head_VD^T` against `targets_N` (int64; -100: no loss), in fp32.
 
-    With gradients enabled the gradients of x and head are computed here and kept until the backward pass: [N, D] and [V, D].
+    With gradients enabled the gradients of x and head are computed here and kept until the backward pass: [N, D] and
+    [V, D].
     """
     loss_sum, *rest = _FusedCrossEntropy.apply(x_ND, head_VD, targets_N, z_loss, chunk_tokens)
     return CrossEntropy(loss_sum, *rest)
@@ -78,14 +80,14 @@ def token_logprobs(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, chunk_to
 
 
 def _chunk_size(chunk_tokens: int, head_VD: Tensor) -> int:
-    """Tokens of a chunk: on a CPU at most what keeps its fp32 logits near 8 MB, so that the passes over them stay in the cache."""
+    """Tokens of a chunk; on a CPU its fp32 logits stay near 8 MB, so that the passes over them hit the cache."""
     if head_VD.device.type == "cpu":
         return min(chunk_tokens, max(64, 2**21 // head_VD.shape[0]))
     return chunk_tokens
 
 
 def _logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
-    """fp32 logits of a chunk. A GPU multiplies bfloat16 and keeps the sums in fp32; rounding logits to 8 bits costs accuracy."""
+    """fp32 logits of a chunk. A GPU multiplies bfloat16 and returns the fp32 sums: 8 bits are too few for logits."""
     if x_CD.dtype == torch.float32:
         return x_CD @ head_VD.t()
     if x_CD.device.type == "cuda":
@@ -161,7 +163,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_loss: Tensor, *_: Tensor):
+    def backward(ctx, *d_outputs: Tensor):
+        d_loss = d_outputs[0]
         d_x_ND, d_head_VD = ctx.saved_tensors
         d_x_ND, d_head_VD = (None if d is None else d * d_loss.to(d.dtype) for d in (d_x_ND, d_head_VD))
         return d_x_ND, d_head_VD, None, None, None
@@ -183,13 +186,13 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_N: Tensor):
+    def backward(ctx, *d_outputs: Tensor):
         x_ND, head_VD, targets_N = ctx.saved_tensors
         needs_x, needs_head = ctx.needs_input_grad[:2]
         d_x_ND = torch.empty_like(x_ND) if needs_x else None
         d_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if needs_head else None
         keep_N = targets_N != IGNORE
-        d_N = d_N.float().where(keep_N, 0.0)
+        d_N = d_outputs[0].float().where(keep_N, 0.0)
         safe_N = targets_N.where(keep_N, 0)
         for start in range(0, x_ND.shape[0], ctx.chunk_tokens):
             chunk = slice(start, start + ctx.chunk_tokens)

@@ -4,8 +4,8 @@
 `sort_by_expert`, `permute`, `grouped_experts`, `combine`. None of them waits for a GPU.
 
 `grouped_experts` runs `torch.nn.functional.grouped_mm` on CUDA and a loop of matrix products over the experts on a CPU.
-grouped_mm also runs on a CPU, at the same speed forward; the loop wins because it keeps an expert's rows in the cache between
-the products and the activation, and widens bfloat16 where the processor is slow at it (`ops/matmul.py`).
+grouped_mm also runs on a CPU, at the same speed forward; the loop wins because it keeps an expert's rows in the cache
+between the products and the activation, and widens bfloat16 where the processor is slow at it (`ops/matmul.py`).
 
 Suffixes as in `trinity.model`; R = N * k rows, one for each token and expert that meet, sorted by expert.
 """
@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trinity.base.errors import UserError
+from trinity.ops.autograd import once_differentiable
 from trinity.ops.matmul import widens
 from trinity.ops.swiglu import reference_swiglu, swiglu, swiglu_gradient
 
@@ -97,7 +97,8 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_RD: Tensor):
+    def backward(ctx, *d_outputs: Tensor):
+        (d_RD,) = d_outputs
         (row_Nk,) = ctx.saved_tensors
         if d_RD.device.type == "cpu":
             return F.embedding_bag(row_Nk, d_RD, mode="sum"), None, None
@@ -115,7 +116,8 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_ND: Tensor):
+    def backward(ctx, *d_outputs: Tensor):
+        (d_ND,) = d_outputs
         y_RD, weights_Nk, token_R, row_Nk = ctx.saved_tensors
         d_RD = d_ND.index_select(0, token_R)
         weights_R = torch.empty_like(weights_Nk.flatten()).scatter_(0, row_Nk.flatten(), weights_Nk.flatten())
@@ -144,7 +146,8 @@ class _CpuExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_y_RD: Tensor):
+    def backward(ctx, *d_outputs: Tensor):
+        (d_y_RD,) = d_outputs
         x_RD, gate_up_E2FD, down_EDF, hidden_R2F = ctx.saved_tensors
         d_x_RD = torch.empty_like(x_RD)
         d_gate_up, d_down = torch.empty_like(gate_up_E2FD), torch.empty_like(down_EDF)
