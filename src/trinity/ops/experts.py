@@ -123,7 +123,8 @@ class _Combine(torch.autograd.Function):
         weights_R = torch.empty_like(weights_Nk.flatten()).scatter_(0, row_Nk.flatten(), weights_Nk.flatten())
         d_weights_R = torch.linalg.vecdot(d_RD.float(), y_RD.float())
         d_weights_Nk = d_weights_R.index_select(0, row_Nk.flatten()).view_as(weights_Nk).to(weights_Nk.dtype)
-        return (d_RD * weights_R[:, None]).to(y_RD.dtype), d_weights_Nk, None, None
+        d_RD = d_RD.mul_(weights_R[:, None])
+        return d_RD, d_weights_Nk, None, None
 
 
 class _CpuExperts(torch.autograd.Function):
