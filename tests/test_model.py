@@ -291,6 +291,13 @@ def test_a_layout_is_made_once_and_reused() -> None:
     assert torch.equal(model.features(batch(), layout=layout).x_BTD, expected)
 
 
+def test_a_run_can_say_which_path_each_operation_took() -> None:
+    fast, reference = (model.paths(model.layout((1, 24))) for model in (build(), build("reference")))
+    assert fast["local attention"].startswith("SDPA, blocks")
+    assert fast["experts"] == "loop of matrix products"
+    assert all("SDPA" not in path for path in reference.values())
+
+
 def test_bfloat16_stays_near_float32() -> None:
     """Every expert is selected, for otherwise rounded weights send some tokens elsewhere."""
     wide, narrow = build(experts_per_token=6), build(experts_per_token=6).bfloat16()

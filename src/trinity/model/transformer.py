@@ -16,6 +16,8 @@ from trinity.model.moe import MoE
 from trinity.model.norm import Kernels, RMSNorm
 from trinity.model.rope import Rotation, rotation
 from trinity.model.router import Documents, LayerStats, Router
+from trinity.ops.experts import describe_experts
+from trinity.ops.matmul import describe_matmul
 
 Recompute = Literal["none", "block"]
 
@@ -122,6 +124,17 @@ class Transformer(nn.Module):
     ) -> Layout:
         """Masks and positions of a batch of `shape` (B, T); see `make_layout`."""
         return make_layout(self.config, shape, self.embed.weight.device, self.kernels, segments_BT, positions_BT)
+
+    def paths(self, layout: Layout) -> dict[str, str]:
+        """Which path each operation takes here, for the log of a run."""
+        weight = self.embed.weight
+        fast = self.kernels == "fast"
+        return {
+            "local attention": layout.local_plan.describe(),
+            "global attention": layout.global_plan.describe(),
+            "experts": describe_experts(weight.device) if fast else "reference, loop over experts",
+            "matrix products": describe_matmul(weight) if fast else str(weight.dtype).removeprefix("torch."),
+        }
 
     def rotation(self, positions_BT: Tensor) -> Rotation:
         """RoPE's angles, to share between the layers: `Attention.project` takes it in place of positions."""

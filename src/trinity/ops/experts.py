@@ -87,6 +87,11 @@ def grouped_experts(x_RD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ends_E
     return F.grouped_mm(swiglu(gate_up_R2F), down_EDF.transpose(1, 2), offs=ends_E)
 
 
+def describe_experts(device: torch.device) -> str:
+    """The path of `grouped_experts` in a few words, for the log of a run."""
+    return "loop of matrix products" if device.type == "cpu" else "grouped_mm"
+
+
 class _Permute(torch.autograd.Function):
     """Row gather whose backward is a gather too (autograd's own would scatter with atomic adds)."""
 

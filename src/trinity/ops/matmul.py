@@ -25,6 +25,11 @@ def widens(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not cpu_has_bfloat16()
 
 
+def describe_matmul(x: Tensor) -> str:
+    """The arithmetic of matrix products of tensors like `x`, for the log of a run."""
+    return "bfloat16 widened to float32" if widens(x) else str(x.dtype).removeprefix("torch.")
+
+
 def linear(x_ND: Tensor, weight_FD: Tensor) -> Tensor:
     """`F.linear` without bias on the fastest arithmetic; any leading dimensions."""
     return _WideLinear.apply(x_ND, weight_FD) if widens(x_ND) else F.linear(x_ND, weight_FD)
