@@ -10,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trinity.config import resolve
 from trinity.config.model import ModelConfig
-from trinity.model.layout import Layout
+from trinity.model.layout import Layout, make_documents
 from trinity.model.moe import Experts, dispatch_local
 from trinity.model.norm import Kernels
 from trinity.model.router import Documents, Router, routing_stats
 from trinity.model.transformer import Recompute, Transformer
+from trinity.ops.cross_entropy import fused_cross_entropy, token_logprobs
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61, "num_layers": 4, "num_dense_layers": 1, "dim": 16, "num_heads": 4, "num_kv_heads": 2,
@@ -25,9 +26,13 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "block")
 
 
 def build(kernels: Kernels = "fast", recompute: Recompute = "none", seed: int = 0, **changes) -> Transformer:
-    model = Transformer(ModelConfig(**(SMALL | changes)), kernels, recompute)
+    model = build_unset(kernels, recompute, **changes)
     model.init_weights(seed)
     return model
+
+
+def build_unset(kernels: Kernels = "fast", recompute: Recompute = "none", **changes) -> Transformer:
+    return Transformer(ModelConfig(**(SMALL | changes)), kernels, recompute)
 
 
 def batch(rows: int = 2, seq_len: int = 24) -> Tensor:
@@ -345,3 +350,28 @@ def test_cache_bytes_agree_with_what_the_layers_keep() -> None:
     kept = [min(5, T) if block.kind == "local" else T for block in model.blocks]
     values = sum(n * (k[0, 0].numel() + v[0, 0].numel()) for n in kept)
     assert model.config.kv_cache_bytes(T) == 2 * values
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile itself
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gpu_path_reads_no_value(compiled: bool) -> None:
+    """Meta tensors take each branch of a GPU but FlexAttention's and have no values: waiting for one would fail.
+
+    Compiled, the whole half of a block must be one graph.
+    """
+    with torch.device("meta"):
+        model = build_unset(expert_dim=16).bfloat16()
+        x_BTD = torch.empty(2, 24, 16, dtype=torch.bfloat16, requires_grad=True)
+        documents = make_documents((2, 24), torch.device("meta"), torch.empty(2, 24, dtype=torch.int32))
+        targets_N = torch.empty(48, dtype=torch.int64)
+    block = model.blocks[1]
+    feed_forward = (
+        torch.compile(block.feed_forward, backend="eager", fullgraph=True) if compiled else block.feed_forward
+    )
+    y_BTD, stats = feed_forward(x_BTD, documents)
+    loss = fused_cross_entropy(y_BTD.flatten(0, 1), model.head.weight, targets_N, z_loss=1e-6, chunk_tokens=20)
+    logprobs_N = token_logprobs(y_BTD.flatten(0, 1), model.head.weight, targets_N, chunk_tokens=20)
+    assert stats is not None
+    (loss.loss_sum + logprobs_N.sum() + stats.sequence_loss).backward()
+    assert block.moe is not None
+    assert block.moe.experts.gate_up.grad is not None
