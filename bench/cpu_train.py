@@ -1,10 +1,10 @@
 """Forward and backward pass on a CPU: this model against transformers' AfmoeForCausalLM.
 
-Both hold the same weights and see the same batch; the repeats alternate, so that what else the machine does hits both. The
-measured work is the loss of the language model (mean cross-entropy of the next token) and all gradients.
+Both hold the same weights and see the same batch; the repeats alternate, so that what else the machine does hits
+both. The measured work is the loss of the language model (mean cross-entropy of the next token) and all gradients.
 
-The 50.6M configuration: width 384, 8 layers of which 2 dense, 6 query and 2 KV heads of 64, dense FFN 1024, 16 experts of 320,
-top-2, one shared expert, vocabulary 8192, window 128; rows 4 x 512.
+The 50.6M configuration: width 384, 8 layers of which 2 dense, 6 query and 2 KV heads of 64, dense FFN 1024, 16
+experts of 320, top-2, one shared expert, vocabulary 8192, window 128; rows 4 x 512.
 
     python bench/cpu_train.py --repeats 7 --dtype float32 bfloat16
 """
@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +29,13 @@ from trinity.ops.cross_entropy import IGNORE, fused_cross_entropy
 from trinity.ops.matmul import cpu_has_bfloat16
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from afmoe_keys import model_config, to_ours  # noqa: E402
+from afmoe_keys import model_config, to_ours
 
 ROWS, SEQ_LEN = 4, 512
 SHAPE = {
     "vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 8, "num_dense_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1024, "moe_intermediate_size": 320, "num_experts": 16,
-    "num_experts_per_tok": 2, "num_shared_experts": 1, "route_scale": 2.448, "sliding_window": 128,
+    "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1024, "moe_intermediate_size": 320,
+    "num_experts": 16, "num_experts_per_tok": 2, "num_shared_experts": 1, "route_scale": 2.448, "sliding_window": 128,
     "global_attn_every_n_layers": 4, "max_position_embeddings": 2048, "mup_enabled": True, "tie_word_embeddings": False,
 }  # fmt: skip
 
@@ -53,7 +54,7 @@ def build(dtype: torch.dtype) -> tuple[nn.Module, Transformer, ModelConfig]:
     config = model_config(theirs.config.to_dict())
     ours = Transformer(config)
     ours.load_state_dict(to_ours(config, theirs.state_dict()))
-    return theirs.to(dtype).train(), ours.to(dtype), config
+    return cast("nn.Module", theirs).to(dtype).train(), ours.to(dtype), config
 
 
 def loss_theirs(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Public `afmoe` weights and settings as this project's, for tests against transformers. The product's own mapping is export/."""
+"""Public `afmoe` weights and settings as this project's, for tests; the product's own mapping is in export/."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -5,12 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from trinity.ops.attention import (
     BlockPlan,
     DocumentPlan,
     FlexPlan,
     MaskedPlan,
+    _causal,
+    _causal_in_document,
     dense_plan,
     document_lengths,
     fast_plan,
@@ -72,7 +75,8 @@ def test_each_plan_is_chosen() -> None:
     assert isinstance(fast_plan(2, 200, 200, None, CPU), DocumentPlan), "a window over the whole row is no window"
     for window, segments in ((16, long), (None, long), (None, short), (150, short)):
         shape = (2, 200, window, segments, CPU)
-        assert_same(fast_plan(*shape), dense_plan(*shape), *tensors(2, 200, 4, 2, 16))
+        q, k, v = tensors(2, 200, 4, 2, 16)
+        assert_same(fast_plan(*shape), dense_plan(*shape), q, k, v)
 
 
 def test_bfloat16_stays_near_float32() -> None:
@@ -100,13 +104,12 @@ def test_padding_sees_itself_and_nothing_is_nan() -> None:
     segments = torch.tensor([[0] * 10 + [-1] * 30, [-1] * 40]).int()
     for window in (4, None):
         shape = (2, 40, window, segments, CPU)
-        assert_same(fast_plan(*shape), dense_plan(*shape), *tensors(2, 40, 2, 1, 8))
+        q, k, v = tensors(2, 40, 2, 1, 8)
+        assert_same(fast_plan(*shape), dense_plan(*shape), q, k, v)
 
 
 def test_flex_rules_equal_the_reference_mask() -> None:
     """FlexAttention itself needs a GPU; its mask rules are plain functions of indices."""
-    from trinity.ops.attention import _causal, _causal_in_document
-
     segments = segments_of([[7, 3, 10], [20]])
     index = torch.arange(20)
     b, query, key = torch.meshgrid(torch.arange(2), index, index, indexing="ij")
@@ -115,6 +118,18 @@ def test_flex_rules_equal_the_reference_mask() -> None:
         expected = visible(index, index, window, segments, segments)
         assert torch.equal(rule(b, b, query, key), expected)
         assert torch.equal(_causal(window)(b, b, query, key)[:1], visible(index, index, window, None, None))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile itself
+def test_flex_plan_inside_a_compiled_graph(packed: bool) -> None:
+    """On a CPU the captured FlexAttention runs as plain operations, forward only: its layout and mask are checked."""
+    segments = segments_of([[7, 3, 10], [20]]) if packed else None
+    rule = _causal_in_document(5, segments) if segments is not None else _causal(5)
+    plan = FlexPlan(create_block_mask(rule, 2 if packed else None, None, 20, 20, device="cpu"))
+    q, k, v = (x.detach() for x in tensors(2, 20, 4, 2, 16))
+    actual = torch.compile(plan.attend, backend="eager", fullgraph=True)(q, k, v)
+    torch.testing.assert_close(actual, dense_plan(2, 20, 5, segments, CPU).attend(q, k, v), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu

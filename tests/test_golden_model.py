@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from afmoe_keys import model_config, to_ours
 from safetensors.torch import load_file
 from torch import Tensor
 
+from afmoe_keys import model_config, to_ours
 from trinity.model.norm import Kernels
 from trinity.model.transformer import Transformer
 
@@ -41,9 +41,11 @@ def test_forward_layer_by_layer(name: str, kernels: Kernels) -> None:
 
         return hook
 
-    for i, block in enumerate(model.layers):
+    for i, block in enumerate(model.blocks):
         block.attn.register_forward_hook(keep(f"layer.{i}.attn_out"))
-        (block.moe if block.moe is not None else block.ffn).register_forward_hook(keep(f"layer.{i}.mlp_out"))
+        ffn = block.moe or block.ffn
+        assert ffn is not None
+        ffn.register_forward_hook(keep(f"layer.{i}.mlp_out"))
         block.register_forward_hook(keep(f"layer.{i}.out"))
         if block.moe is not None:
             block.moe.router.register_forward_hook(keep(f"router.{i}"))

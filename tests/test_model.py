@@ -1,4 +1,4 @@
-"""What the model promises beside its numbers: fp32 buffers, initialisation, statistics, recomputation, seams, counting."""
+"""What the model promises beside its numbers: buffers, initialisation, statistics, recomputation, seams, counting."""
 
 from typing import Any
 
@@ -10,32 +10,43 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trinity.config import resolve
 from trinity.config.model import ModelConfig
-from trinity.model.layout import Layout
+from trinity.model.layout import Layout, make_documents
 from trinity.model.moe import Experts, dispatch_local
+from trinity.model.norm import Kernels
 from trinity.model.router import Documents, Router, routing_stats
-from trinity.model.transformer import Transformer
+from trinity.model.transformer import Recompute, Transformer
+from trinity.ops.cross_entropy import fused_cross_entropy, token_logprobs
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 61, "num_layers": 4, "num_dense_layers": 1, "dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
-    "ffn_dim": 24, "expert_dim": 12, "num_experts": 6, "experts_per_token": 2, "route_scale": 2.0, "window": 5,
+    "vocab_size": 61, "num_layers": 4, "num_dense_layers": 1, "dim": 16, "num_heads": 4, "num_kv_heads": 2,
+    "head_dim": 8, "ffn_dim": 24, "expert_dim": 12, "num_experts": 6, "experts_per_token": 2, "route_scale": 2.0,
+    "window": 5,
 }  # fmt: skip
+RECOMPUTE: tuple[Recompute, ...] = ("none", "block")
 
 
-def build(kernels="fast", recompute="none", seed: int = 0, **changes) -> Transformer:
-    model = Transformer(ModelConfig(**(SMALL | changes)), kernels, recompute)
+def build(kernels: Kernels = "fast", recompute: Recompute = "none", seed: int = 0, **changes) -> Transformer:
+    model = build_unset(kernels, recompute, **changes)
     model.init_weights(seed)
     return model
+
+
+def build_unset(kernels: Kernels = "fast", recompute: Recompute = "none", **changes) -> Transformer:
+    return Transformer(ModelConfig(**(SMALL | changes)), kernels, recompute)
 
 
 def batch(rows: int = 2, seq_len: int = 24) -> Tensor:
     return torch.randint(0, 61, (rows, seq_len), generator=torch.Generator().manual_seed(3))
 
 
+def routers(model: Transformer) -> list[Router]:
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
 def bias_some(model: Transformer) -> None:
-    for module in model.modules():
-        if isinstance(module, Router):
-            module.bias.copy_(torch.linspace(-0.2, 0.2, module.bias.numel()))
-            module.momentum.fill_(1e-4 / 3)
+    for router in routers(model):
+        router.bias.copy_(torch.linspace(-0.2, 0.2, router.bias.numel()))
+        router.momentum.fill_(1e-4 / 3)
 
 
 def test_names_and_shapes_are_those_of_the_contract() -> None:
@@ -134,7 +145,7 @@ def test_a_switch_changes_the_result_and_both_paths_agree(change: dict[str, Any]
 
 
 def test_the_bias_selects_and_does_not_weigh() -> None:
-    router = build().layers[1].moe.router
+    router = routers(build())[0]
     x = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     before = router(x)
     router.bias.copy_(torch.tensor([9.0, 0, 0, 0, 0, 0]))
@@ -168,13 +179,12 @@ def test_sequence_loss_is_that_of_each_document() -> None:
     bias_some(model)
     segments = torch.tensor([[0] * 7 + [1] * 12 + [-1] * 5, [0] * 20 + [1] * 4]).int()
     seen = []
-    model.layers[1].moe.router.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    model.layers[2].moe.router.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    model.layers[3].moe.router.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for router in routers(model):
+        router.register_forward_hook(lambda module, inputs, output: seen.append(output))
     stats = model.features(batch(), segments).routing
     expected = sum((naive_sequence_loss(model, routing, segments) for routing in seen), torch.zeros(()))
     torch.testing.assert_close(stats.sequence_loss, expected)
-    weights = [model.layers[i].moe.router.weight for i in (1, 2, 3)]
+    weights = [router.weight for router in routers(model)]
     mine = torch.autograd.grad(stats.sequence_loss, weights, retain_graph=True)
     for a, b in zip(mine, torch.autograd.grad(expected, weights), strict=True):
         torch.testing.assert_close(a, b)
@@ -199,7 +209,7 @@ def test_padding_is_counted_nowhere() -> None:
 def test_static_document_numbers_give_the_same_statistics() -> None:
     """A GPU bounds the number of documents by the number of tokens instead of reading it."""
     model = build()
-    routing = model.layers[1].moe.router(torch.randn(24, 16))
+    routing = routers(model)[0](torch.randn(24, 16))
     document = torch.arange(24) // 10
     tight, loose = (routing_stats(routing, Documents(document, bound, None)) for bound in (3, 24))
     for a, b in zip(tight, loose, strict=True):
@@ -210,10 +220,10 @@ def test_static_document_numbers_give_the_same_statistics() -> None:
 def test_recomputation_changes_nothing(packed: bool) -> None:
     segments = torch.tensor([[0] * 7 + [1] * 12 + [-1] * 5, [0] * 20 + [1] * 4]) if packed else None
     results = []
-    for recompute in ("none", "block"):
+    for recompute in RECOMPUTE:
         model = build(recompute=recompute)
         calls: list[int] = []
-        model.layers[2].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        model.blocks[2].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         features = model.features(batch(), segments)
         (features.x_BTD.square().sum() + features.routing.sequence_loss).backward()
         assert len(calls) == (1 if recompute == "none" else 2)
@@ -248,7 +258,7 @@ def test_a_dispatcher_is_handed_in() -> None:
         seen.append(x_ND.shape[0])
         return dispatch_local(x_ND, indices_Nk, weights_Nk, experts)
 
-    for block in model.layers:
+    for block in model.blocks:
         if block.moe is not None:
             block.moe.dispatcher = counting
     assert torch.equal(model(batch()), expected)
@@ -260,11 +270,11 @@ def test_the_halves_around_a_cache_are_the_whole() -> None:
     model = build()
     tokens = batch(1, 12)
     expected = model(tokens)[0]
-    caches: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.layers]
+    caches: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.blocks]
     for t in range(12):
         x = model.embed_tokens(tokens[:, t : t + 1])
         positions = torch.tensor([[t]])
-        for i, block in enumerate(model.layers):
+        for i, block in enumerate(model.blocks):
             turn = model.rotation(positions) if i % 2 else positions
             q, k, v, gate = block.attn.project(block.attn_norm(x), turn)
             caches[i].append((k, v))
@@ -284,6 +294,13 @@ def test_a_layout_is_made_once_and_reused() -> None:
     assert isinstance(layout, Layout)
     expected = model.features(batch(), segments).x_BTD
     assert torch.equal(model.features(batch(), layout=layout).x_BTD, expected)
+
+
+def test_a_run_can_say_which_path_each_operation_took() -> None:
+    fast, reference = (model.paths(model.layout((1, 24))) for model in (build(), build("reference")))
+    assert fast["local attention"].startswith("SDPA, blocks")
+    assert fast["experts"] == "loop of matrix products"
+    assert all("SDPA" not in path for path in reference.values())
 
 
 def test_bfloat16_stays_near_float32() -> None:
@@ -309,7 +326,7 @@ def test_counting_agrees_with_the_published_models(name: str) -> None:
 
 
 def test_counted_operations_agree_with_the_counter_of_torch() -> None:
-    """With a window over the whole row the reference computes every score: T keys a query where the mask leaves (T + 1) / 2."""
+    """The reference computes every score: T keys a query, where the mask leaves (T + 1) / 2 on average."""
     model = build("reference", window=64)
     config, T = model.config, 32
     layout = model.layout((1, T))
@@ -327,9 +344,34 @@ def test_counted_operations_agree_with_the_counter_of_torch() -> None:
 def test_cache_bytes_agree_with_what_the_layers_keep() -> None:
     model = build()
     T = 9
-    _, k, v, _ = model.layers[0].attn.project(
+    _, k, v, _ = model.blocks[0].attn.project(
         torch.zeros(1, T, 16, dtype=torch.bfloat16).float(), torch.arange(T)[None]
     )
-    kept = [min(5, T) if block.kind == "local" else T for block in model.layers]
+    kept = [min(5, T) if block.kind == "local" else T for block in model.blocks]
     values = sum(n * (k[0, 0].numel() + v[0, 0].numel()) for n in kept)
     assert model.config.kv_cache_bytes(T) == 2 * values
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile itself
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gpu_path_reads_no_value(compiled: bool) -> None:
+    """Meta tensors take each branch of a GPU but FlexAttention's and have no values: waiting for one would fail.
+
+    Compiled, the whole half of a block must be one graph.
+    """
+    with torch.device("meta"):
+        model = build_unset(expert_dim=16).bfloat16()
+        x_BTD = torch.empty(2, 24, 16, dtype=torch.bfloat16, requires_grad=True)
+        documents = make_documents((2, 24), torch.device("meta"), torch.empty(2, 24, dtype=torch.int32))
+        targets_N = torch.empty(48, dtype=torch.int64)
+    block = model.blocks[1]
+    feed_forward = (
+        torch.compile(block.feed_forward, backend="eager", fullgraph=True) if compiled else block.feed_forward
+    )
+    y_BTD, stats = feed_forward(x_BTD, documents)
+    loss = fused_cross_entropy(y_BTD.flatten(0, 1), model.head.weight, targets_N, z_loss=1e-6, chunk_tokens=20)
+    logprobs_N = token_logprobs(y_BTD.flatten(0, 1), model.head.weight, targets_N, chunk_tokens=20)
+    assert stats is not None
+    (loss.loss_sum + logprobs_N.sum() + stats.sequence_loss).backward()
+    assert block.moe is not None
+    assert block.moe.experts.gate_up.grad is not None

@@ -1,9 +1,8 @@
-"""Gated grouped-query attention with normalised queries and keys (spec section 2).
+"""Gated grouped-query attention with normalised queries and keys.
 
 `project` and `output` are the two halves around the attention itself; inference puts a cache between them.
 """
 
-import torch
 from torch import Tensor, nn
 
 from trinity.config.model import LayerType, ModelConfig
@@ -34,9 +33,10 @@ class Attention(nn.Module):
         self.gated = gated if kernels == "fast" else reference_gated
 
     def project(self, x_BTD: Tensor, positions: Tensor | Rotation) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(q [B,T,H,K], k [B,T,G,K], v [B,T,G,K], gate [B,T,H*K] or None): q and k are normalised, then turned in a local layer.
+        """(q [B,T,H,K], k [B,T,G,K], v [B,T,G,K], gate [B,T,H*K] or None).
 
-        `positions` is int [B, T], or what `rope.rotation` made of it, which layers can share; global layers ignore it.
+        q and k are normalised, then turned in a local layer. `positions` is int [B, T], or what `rope.rotation` made of
+        it, which layers can share; global layers ignore it.
         """
         q, k, v, *gate = self.qkvg(x_BTD).split(self.widths, dim=-1)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))

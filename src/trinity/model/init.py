@@ -1,7 +1,7 @@
 """Starting weights, the same on every device and for every order of construction.
 
-Each matrix has its own random stream, seeded by the run's seed and its name (an expert's by its number too), drawn on the CPU in
-fp32. A rank that holds some matrices or some experts can draw those alone.
+Each matrix has its own random stream, seeded by the run's seed and its name (an expert's by its number too), drawn on
+the CPU in fp32. A rank that holds some matrices or some experts can draw those alone.
 """
 
 import hashlib

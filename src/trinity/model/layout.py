@@ -14,7 +14,7 @@ from trinity.ops.attention import AttentionPlan, dense_plan, fast_plan
 
 @dataclass(frozen=True)
 class Layout:
-    """Made once per batch by `make_layout`; context parallelism makes its own, with plans that gather keys and values."""
+    """Made once per batch by `make_layout`; context parallelism makes its own, with plans that gather keys, values."""
 
     turn: Rotation
     local_plan: AttentionPlan
@@ -32,9 +32,9 @@ def make_layout(
 ) -> Layout:
     """For rows of `shape` (B, T).
 
-    `segments_BT` int: the document of each token inside its row, contiguous, -1 for padding; None means one document per row.
-    Padding attends to padding, so that its outputs are finite, and is counted nowhere. `positions_BT` int: place in the
-    document; by default counted from the segments.
+    `segments_BT` int: the document of each token inside its row, contiguous, -1 for padding; None means one document
+    per row. Padding attends to padding, so that its outputs are finite, and is counted nowhere. `positions_BT` int:
+    place in the document; by default counted from the segments.
     """
     plan = fast_plan if kernels == "fast" else dense_plan
     local_plan = plan(*shape, config.window, segments_BT, device)
@@ -44,7 +44,7 @@ def make_layout(
         index_T = torch.arange(shape[1], device=device)
         positions_BT = index_T - torch.where(starts_BT, index_T, 0).cummax(dim=1).values
     turn = rotation(positions_BT, config.head_dim, config.rope_theta)
-    return Layout(turn, local_plan, global_plan, _documents(starts_BT, segments_BT))
+    return Layout(turn, local_plan, global_plan, make_documents(shape, device, segments_BT))
 
 
 def _starts(shape: tuple[int, int], segments_BT: Tensor | None, device: torch.device) -> Tensor:
@@ -56,12 +56,14 @@ def _starts(shape: tuple[int, int], segments_BT: Tensor | None, device: torch.de
     return starts_BT
 
 
-def _documents(starts_BT: Tensor, segments_BT: Tensor | None) -> Documents:
+def make_documents(shape: tuple[int, int], device: torch.device, segments_BT: Tensor | None) -> Documents:
+    """Numbers the documents of a batch of `shape` (B, T); for `segments_BT` see `make_layout`."""
+    starts_BT = _starts(shape, segments_BT, device)
     document_N = starts_BT.flatten().cumsum(dim=0) - 1
     if segments_BT is None:
-        return Documents(document_N, starts_BT.shape[0], None)
+        return Documents(document_N, shape[0], None)
     real_N = segments_BT.flatten() >= 0
-    if starts_BT.device.type == "cpu":
+    if device.type == "cpu":
         return Documents(document_N, int(document_N[-1]) + 1, None if bool(real_N.all()) else real_N)
     # Reading the number of documents would wait for the device; there are at most as many as tokens.
     return Documents(document_N, document_N.numel(), real_N)

@@ -1,13 +1,14 @@
-"""Rotary position embedding (Su et al. 2021), half-split: channel i turns with channel i + K/2. fp32 angles, no scaling.
+"""Rotary position embedding (Su et al. 2021), half-split: channel i turns with channel i + K/2.
 
-Only local layers use it; global layers have no positional encoding.
+Angles are fp32 and not scaled. Only local layers use it; global layers have no positional encoding.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from trinity.ops.autograd import once_differentiable
 
 
 class Rotation(NamedTuple):
@@ -46,9 +47,9 @@ class _CpuRotate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_BTHK: Tensor):
+    def backward(ctx, *d_outputs: Tensor):
         cos, sin = ctx.saved_tensors
-        return _turn(d_BTHK, cos, -sin), None, None
+        return _turn(d_outputs[0], cos, -sin), None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

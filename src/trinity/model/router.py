@@ -1,4 +1,4 @@
-"""The router: sigmoid scores, a bias that only selects, and what is measured about it (spec section 3)."""
+"""The router: sigmoid scores, a bias that only selects, and what is measured about it."""
 
 from typing import NamedTuple
 
@@ -49,8 +49,8 @@ class Documents(NamedTuple):
 class Router(nn.Module):
     """Scores every expert for every token and selects k.
 
-    `bias` and `momentum` are buffers of the balancing and stay fp32 whatever type the model is moved to: one step of the bias
-    is smaller than bfloat16 resolves.
+    `bias` and `momentum` are buffers of the balancing and stay fp32 whatever type the model is moved to: one step of
+    the bias is smaller than bfloat16 resolves.
     """
 
     bias: Tensor
@@ -94,14 +94,14 @@ class Router(nn.Module):
 def routing_stats(routing: Routing, documents: Documents) -> LayerStats:
     """Counts, sequence-wise loss and health of one layer; no host synchronisation.
 
-    The loss of a document of T tokens is sum_i f_i P_i with f_i = E / (k T) * (times expert i was selected) and P_i the mean of
-    s_i / sum_j s_j (spec section 3; 1 when balanced). Documents are weighed by their tokens. With load_i = times / T that is
-    E / k * mean over tokens of sum_i load_i(document of the token) * s_i / sum_j s_j, which needs no loop over documents.
+    The loss of a document of T tokens is sum_i f_i P_i with f_i = E / (k T) * (times expert i was selected) and P_i
+    the mean of p_i = s_i / sum_j s_j (1 when balanced). Documents are weighed by their tokens. With
+    load_i = times / T, that is E / k * the mean over all tokens of sum_i load_i(the token's document) * p_i, which
+    needs no loop over documents.
     """
     indices_Nk, _, scores_NE, logits_NE = routing
     document_N, num_documents, real_N = documents
-    num_tokens, num_experts = scores_NE.shape
-    experts_per_token = indices_Nk.shape[1]
+    num_experts, experts_per_token = scores_NE.shape[1], indices_Nk.shape[1]
     with torch.no_grad():
         ones_N = torch.ones_like(document_N) if real_N is None else real_N.long()
         ones_Nk = ones_N[:, None].expand_as(indices_Nk)

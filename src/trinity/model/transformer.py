@@ -1,7 +1,7 @@
 """The model: embedding, sandwich-normalised blocks, final norm, LM head."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from trinity.model.moe import MoE
 from trinity.model.norm import Kernels, RMSNorm
 from trinity.model.rope import Rotation, rotation
 from trinity.model.router import Documents, LayerStats, Router
+from trinity.ops.experts import describe_experts
+from trinity.ops.matmul import describe_matmul
 
 Recompute = Literal["none", "block"]
 
@@ -62,7 +64,7 @@ class Block(nn.Module):
         self.moe = None if dense else MoE(config, kernels)
 
     def feed_forward(self, x_BTD: Tensor, documents: Documents | None = None) -> tuple[Tensor, LayerStats | None]:
-        """The second half of the block with its norms and residual; statistics only of experts and for given documents."""
+        """The second half of the block, norms and residual included; statistics only where `documents` are given."""
         h_BTD = self.ffn_norm(x_BTD)
         if self.moe is not None:
             y_BTD, stats = self.moe(h_BTD, documents)
@@ -80,7 +82,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Trinity: `forward` for logits, `features` for training, where the loss never builds all logits.
 
-    Weights lie on the current default device in the default type and are unset until `init_weights` or a checkpoint sets them.
+    Weights lie on the current default device in the default type and are unset until `init_weights` or a checkpoint
+    sets them.
     """
 
     def __init__(self, config: ModelConfig, kernels: Kernels = "fast", recompute: Recompute = "none") -> None:
@@ -94,9 +97,14 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps, kernels)
         self.head = Linear(config.dim, config.vocab_size, kernels)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers with their type."""
+        return [cast("Block", block) for block in self.layers]
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Truncated normal matrices of deviation init_scale / sqrt(dim), norm gains and zero biases (spec section 2).
+        """Truncated normal matrices of deviation init_scale / sqrt(dim), norm gains and zero biases.
 
         The values depend on seed, name and shape alone: neither on device, type nor order.
         """
@@ -116,6 +124,17 @@ class Transformer(nn.Module):
     ) -> Layout:
         """Masks and positions of a batch of `shape` (B, T); see `make_layout`."""
         return make_layout(self.config, shape, self.embed.weight.device, self.kernels, segments_BT, positions_BT)
+
+    def paths(self, layout: Layout) -> dict[str, str]:
+        """Which path each operation takes here, for the log of a run."""
+        weight = self.embed.weight
+        fast = self.kernels == "fast"
+        return {
+            "local attention": layout.local_plan.describe(),
+            "global attention": layout.global_plan.describe(),
+            "experts": describe_experts(weight.device) if fast else "reference, loop over experts",
+            "matrix products": describe_matmul(weight) if fast else str(weight.dtype).removeprefix("torch."),
+        }
 
     def rotation(self, positions_BT: Tensor) -> Rotation:
         """RoPE's angles, to share between the layers: `Attention.project` takes it in place of positions."""
@@ -139,7 +158,7 @@ class Transformer(nn.Module):
             layout = self.layout((tokens_BT.shape[0], tokens_BT.shape[1]), segments_BT, positions_BT)
         x_BTD = self.embed_tokens(tokens_BT)
         stats: list[LayerStats] = []
-        for block in self.layers:
+        for block in self.blocks:
             if self.recompute == "block" and torch.is_grad_enabled():
                 x_BTD, layer_stats = checkpoint(block, x_BTD, layout, use_reentrant=False)
             else:

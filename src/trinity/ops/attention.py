@@ -12,6 +12,7 @@ Suffixes as in `trinity.model`; S keys, U queries of a block, n blocks of a row.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from trinity.ops.autograd import once_differentiable
+from trinity.ops.matmul import widens
 
 
 class AttentionPlan(Protocol):
@@ -98,23 +102,44 @@ class BlockPlan:
     """[B*n, 1, U, S] bool, X = B*n: for each block of queries, its keys."""
 
     def attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
-        B, T, H, K = q_BTHK.shape
-        num_blocks = -(-T // self.block)
-        tail = num_blocks * self.block - T
-        q_XUHK = F.pad(q_BTHK, (0, 0, 0, 0, 0, tail)).reshape(B * num_blocks, self.block, H, K)
-        o_XUHK = _sdpa(q_XUHK, self._keys(k_BSGK, tail), self._keys(v_BSGK, tail), mask=self.seen_XUS)
-        return o_XUHK.reshape(B, T + tail, H, K)[:, :T]
-
-    def _keys(self, x_BTGK: Tensor, tail: int) -> Tensor:
-        """[B*n, (reach + 1) * block, G, K]: the keys before a block's end, zeros where the row has not begun."""
-        B, T, G, K = x_BTGK.shape
-        num_blocks = (T + tail) // self.block
-        padded = F.pad(x_BTGK, (0, 0, 0, 0, self.reach * self.block, tail)).view(B, -1, self.block, G, K)
-        shifted = [padded[:, i : i + num_blocks] for i in range(self.reach + 1)]
-        return torch.cat(shifted, dim=2).view(B * num_blocks, -1, G, K)
+        T = q_BTHK.shape[1]
+        tail = -T % self.block
+        if tail:
+            q_BTHK, k_BSGK, v_BSGK = (F.pad(x, (0, 0, 0, 0, 0, tail)) for x in (q_BTHK, k_BSGK, v_BSGK))
+        q_XUHK = q_BTHK.reshape(-1, self.block, *q_BTHK.shape[2:])
+        k_XSGK, v_XSGK = (_KeyBlocks.apply(x, self.block, self.reach) for x in (k_BSGK, v_BSGK))
+        o_BTHK = _sdpa(q_XUHK, k_XSGK, v_XSGK, mask=self.seen_XUS).reshape(q_BTHK.shape)
+        return o_BTHK[:, :T] if tail else o_BTHK
 
     def describe(self) -> str:
         return f"SDPA, blocks of {self.block} queries against {(self.reach + 1) * self.block} keys"
+
+
+class _KeyBlocks(torch.autograd.Function):
+    """[B, n * block, G, K] -> [B * n, (reach + 1) * block, G, K]: for each block, the blocks before it and its own.
+
+    Zeros stand where the row has not begun. The gradient adds each copy to its source, in place.
+    """
+
+    @staticmethod
+    def forward(ctx, x_BTGK: Tensor, block: int, reach: int) -> Tensor:
+        x_BnCGK = x_BTGK.unflatten(1, (-1, block))
+        B, n, _, G, K = x_BnCGK.shape
+        copies = x_BTGK.new_zeros(B, n, reach + 1, block, G, K)
+        for back in range(min(reach, n - 1) + 1):
+            copies[:, back:, reach - back] = x_BnCGK[:, : n - back]
+        ctx.copies_shape = copies.shape
+        return copies.view(B * n, (reach + 1) * block, G, K)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *d_outputs: Tensor):
+        copies = d_outputs[0].reshape(ctx.copies_shape)
+        n, reach = copies.shape[1], copies.shape[2] - 1
+        d_x_BnCGK = copies[:, :, reach].clone(memory_format=torch.contiguous_format)
+        for back in range(1, min(reach, n - 1) + 1):
+            d_x_BnCGK[:, : n - back] += copies[:, back:, reach - back]
+        return d_x_BnCGK.flatten(1, 2), None, None
 
 
 @dataclass(frozen=True)
@@ -162,8 +187,9 @@ def fast_plan(
 ) -> AttentionPlan:
     """The fastest plan of the device for rows of `seq_len` tokens.
 
-    `window=None` is a global layer. `segments_BT` int: the number of the document of each token, documents being contiguous;
-    None means that each row is one document. Call it once per batch and kind of layer; on CUDA it does not wait for the device.
+    `window=None` is a global layer. `segments_BT` int: the number of the document of each token, documents being
+    contiguous; None means that each row is one document. Call it once per batch and kind of layer; on CUDA it does
+    not wait for the device.
     """
     if window is not None and window >= seq_len:
         window = None
@@ -179,7 +205,7 @@ def fast_plan(
 
 
 def document_lengths(segments_BT: Tensor) -> tuple[int, ...]:
-    """Tokens of each run of equal segment numbers, rows one after the other (the CPU plans only: it reads the values)."""
+    """Tokens of each run of equal segment numbers, rows one after the other. Reads the values: not for a GPU."""
     num_rows, seq_len = segments_BT.shape
     new_BT = torch.ones_like(segments_BT, dtype=torch.bool)
     new_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
@@ -224,17 +250,21 @@ def _flex_plan(
     return FlexPlan(block_mask)
 
 
-def _causal(window: int | None):
+def _causal(window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     def causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query >= key
 
+    if window is None:
+        return causal
+    size = window
+
     def local(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (query - key < window)
+        return (query >= key) & (query - key < size)
 
-    return causal if window is None else local
+    return local
 
 
-def _causal_in_document(window: int | None, segments_BT: Tensor):
+def _causal_in_document(window: int | None, segments_BT: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     inside = _causal(window)
 
     def causal_in_document(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -249,7 +279,9 @@ def _compiled(function):
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """scaled_dot_product_attention on [*, T, heads, K]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    """scaled_dot_product_attention on [*, T, heads, K], widened to float32 where that is faster (`ops/matmul.py`)."""
+    dtype, wide = q.dtype, widens(q)
+    q, k, v = ((x.float() if wide else x).transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return o.transpose(1, 2).to(dtype)

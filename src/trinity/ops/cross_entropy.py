@@ -1,8 +1,9 @@
 """Losses over a large vocabulary without the logits of all tokens.
 
-The logits of `chunk_tokens` tokens exist at a time. `fused_cross_entropy` computes the gradients in the forward pass, chunk by chunk,
-so that no logits are kept or computed twice; `token_logprobs` computes them again in the backward pass, because there the
-gradient of each token is not known before. A target of -100 gives no loss and a gradient of exactly zero.
+The logits of `chunk_tokens` tokens exist at a time. `fused_cross_entropy` computes the gradients in the forward pass,
+chunk by chunk, so that no logits are kept or computed twice; `token_logprobs` computes them again in the backward
+pass, because there the gradient of each token is not known before. A target of -100 gives no loss and a gradient of
+exactly zero.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from trinity.ops.autograd import once_differentiable
 from trinity.ops.matmul import widens
 
 IGNORE = -100
@@ -58,7 +59,8 @@ def fused_cross_entropy(
 ) -> CrossEntropy:
     """Cross-entropy and z-loss of `x_ND @ head_VD^T` against `targets_N` (int64; -100: no loss), in fp32.
 
-    With gradients enabled the gradients of x and head are computed here and kept until the backward pass: [N, D] and [V, D].
+    With gradients enabled the gradients of x and head are computed here and kept until the backward pass: [N, D] and
+    [V, D].
     """
     loss_sum, *rest = _FusedCrossEntropy.apply(x_ND, head_VD, targets_N, z_loss, chunk_tokens)
     return CrossEntropy(loss_sum, *rest)
@@ -78,20 +80,21 @@ def token_logprobs(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, chunk_to
 
 
 def _chunk_size(chunk_tokens: int, head_VD: Tensor) -> int:
-    """Tokens of a chunk: on a CPU at most what keeps its fp32 logits near 8 MB, so that the passes over them stay in the cache."""
+    """Tokens of a chunk; on a CPU its fp32 logits stay near 16 MB: near the cache, yet few passes over the head."""
     if head_VD.device.type == "cpu":
-        return min(chunk_tokens, max(64, 2**21 // head_VD.shape[0]))
+        return min(chunk_tokens, max(64, 2**22 // head_VD.shape[0]))
     return chunk_tokens
 
 
+def _factors(x_ND: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of the logits in the type in which they are multiplied; the head is widened once, not per chunk."""
+    return (x_ND.float(), head_VD.float()) if widens(x_ND) else (x_ND, head_VD)
+
+
 def _logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
-    """fp32 logits of a chunk. A GPU multiplies bfloat16 and keeps the sums in fp32; rounding logits to 8 bits costs accuracy."""
-    if x_CD.dtype == torch.float32:
-        return x_CD @ head_VD.t()
-    if x_CD.device.type == "cuda":
+    """fp32 logits of a chunk. A GPU multiplies bfloat16 and returns the fp32 sums: 8 bits are too few for logits."""
+    if x_CD.dtype == torch.bfloat16 and x_CD.device.type == "cuda":
         return torch.mm(x_CD, head_VD.t(), out_dtype=torch.float32)
-    if widens(x_CD):
-        return x_CD.float() @ head_VD.float().t()
     return (x_CD @ head_VD.t()).float()
 
 
@@ -106,17 +109,17 @@ def _chunk_gradients(
     d_logits_CV: Tensor, x_CD: Tensor, head_VD: Tensor, d_x_CD: Tensor | None, d_head_VD: Tensor | None
 ) -> None:
     """Writes d_x of the chunk and adds to the fp32 d_head."""
-    factor_CV = d_logits_CV if widens(x_CD) else d_logits_CV.to(x_CD.dtype)
+    d_logits_CV = d_logits_CV.to(x_CD.dtype)
     if d_x_CD is not None:
-        d_x_CD.copy_(factor_CV @ head_VD.to(factor_CV.dtype))
-    if d_head_VD is not None:
-        x = x_CD.to(factor_CV.dtype)
-        if factor_CV.dtype == torch.float32:
-            d_head_VD.addmm_(factor_CV.t(), x)
-        elif x.device.type == "cuda":
-            d_head_VD.add_(torch.mm(factor_CV.t(), x, out_dtype=torch.float32))
-        else:
-            d_head_VD.add_(factor_CV.t() @ x)
+        d_x_CD.copy_(d_logits_CV @ head_VD)
+    if d_head_VD is None:
+        return
+    if x_CD.dtype == torch.float32:
+        d_head_VD.addmm_(d_logits_CV.t(), x_CD)
+    elif x_CD.device.type == "cuda":
+        d_head_VD.add_(torch.mm(d_logits_CV.t(), x_CD, out_dtype=torch.float32))
+    else:
+        d_head_VD.add_(d_logits_CV.t() @ x_CD)
 
 
 def _subtract_targets(d_logits_CV: Tensor, targets_C: Tensor, amount_C: Tensor) -> None:
@@ -134,10 +137,11 @@ class _FusedCrossEntropy(torch.autograd.Function):
         logit_max = x_ND.new_full((), float("-inf"), dtype=torch.float32)
         keep_N = targets_N != IGNORE
         safe_N = targets_N.where(keep_N, 0)
+        factor_ND, factor_VD = _factors(x_ND, head_VD)
         for start in range(0, x_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            x_CD, keep_C, target_C = x_ND[chunk], keep_N[chunk].float(), safe_N[chunk]
-            logits_CV = _logits(x_CD, head_VD)
+            x_CD, keep_C, target_C = factor_ND[chunk], keep_N[chunk].float(), safe_N[chunk]
+            logits_CV = _logits(x_CD, factor_VD)
             picked_C = logits_CV.gather(1, target_C[:, None])[:, 0]
             sum_C, lse_C, top_C = _exponentials_(logits_CV)
             ce_sum = ce_sum + ((lse_C - picked_C) * keep_C).sum()
@@ -147,7 +151,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 # d/dlogits of lse - logits[target] + z * lse^2
                 d_logits_CV = logits_CV.mul_((keep_C * (1 + 2 * z_loss * lse_C) / sum_C)[:, None])
                 _subtract_targets(d_logits_CV, target_C, keep_C)
-                _chunk_gradients(d_logits_CV, x_CD, head_VD, None if d_x_ND is None else d_x_ND[chunk], d_head_VD)
+                _chunk_gradients(d_logits_CV, x_CD, factor_VD, None if d_x_ND is None else d_x_ND[chunk], d_head_VD)
         num_tokens = keep_N.sum()
         # The mean logit is linear in the features: no pass over the logits.
         kept_D = (x_ND * keep_N[:, None]).sum(dim=0, dtype=torch.float32)
@@ -161,7 +165,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_loss: Tensor, *_: Tensor):
+    def backward(ctx, *d_outputs: Tensor):
+        d_loss = d_outputs[0]
         d_x_ND, d_head_VD = ctx.saved_tensors
         d_x_ND, d_head_VD = (None if d is None else d * d_loss.to(d.dtype) for d in (d_x_ND, d_head_VD))
         return d_x_ND, d_head_VD, None, None, None
@@ -174,27 +179,31 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.chunk_tokens = chunk_tokens = _chunk_size(chunk_tokens, head_VD)
         keep_N = targets_N != IGNORE
         safe_N = targets_N.where(keep_N, 0)
+        factor_ND, factor_VD = _factors(x_ND, head_VD)
         logprobs_N = x_ND.new_empty(x_ND.shape[0], dtype=torch.float32)
         for start in range(0, x_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits_CV = _logits(x_ND[chunk], head_VD)
+            logits_CV = _logits(factor_ND[chunk], factor_VD)
             logprobs_N[chunk] = logits_CV.gather(1, safe_N[chunk, None])[:, 0] - logits_CV.logsumexp(dim=-1)
         return logprobs_N.where(keep_N, 0.0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_N: Tensor):
+    def backward(ctx, *d_outputs: Tensor):
         x_ND, head_VD, targets_N = ctx.saved_tensors
         needs_x, needs_head = ctx.needs_input_grad[:2]
         d_x_ND = torch.empty_like(x_ND) if needs_x else None
         d_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if needs_head else None
         keep_N = targets_N != IGNORE
-        d_N = d_N.float().where(keep_N, 0.0)
+        d_N = d_outputs[0].float().where(keep_N, 0.0)
         safe_N = targets_N.where(keep_N, 0)
+        factor_ND, factor_VD = _factors(x_ND, head_VD)
         for start in range(0, x_ND.shape[0], ctx.chunk_tokens):
             chunk = slice(start, start + ctx.chunk_tokens)
             d_C = d_N[chunk]
-            d_logits_CV = torch.softmax(_logits(x_ND[chunk], head_VD), dim=-1).mul_(-d_C[:, None])
+            d_logits_CV = torch.softmax(_logits(factor_ND[chunk], factor_VD), dim=-1).mul_(-d_C[:, None])
             _subtract_targets(d_logits_CV, safe_N[chunk], -d_C)
-            _chunk_gradients(d_logits_CV, x_ND[chunk], head_VD, None if d_x_ND is None else d_x_ND[chunk], d_head_VD)
+            _chunk_gradients(
+                d_logits_CV, factor_ND[chunk], factor_VD, None if d_x_ND is None else d_x_ND[chunk], d_head_VD
+            )
         return d_x_ND, None if d_head_VD is None else d_head_VD.to(head_VD.dtype), None, None

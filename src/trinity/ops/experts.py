@@ -4,8 +4,8 @@
 `sort_by_expert`, `permute`, `grouped_experts`, `combine`. None of them waits for a GPU.
 
 `grouped_experts` runs `torch.nn.functional.grouped_mm` on CUDA and a loop of matrix products over the experts on a CPU.
-grouped_mm also runs on a CPU, at the same speed forward; the loop wins because it keeps an expert's rows in the cache between
-the products and the activation, and widens bfloat16 where the processor is slow at it (`ops/matmul.py`).
+grouped_mm also runs on a CPU, at the same speed forward; the loop wins because it keeps an expert's rows in the cache
+between the products and the activation, and widens bfloat16 where the processor is slow at it (`ops/matmul.py`).
 
 Suffixes as in `trinity.model`; R = N * k rows, one for each token and expert that meet, sorted by expert.
 """
@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trinity.base.errors import UserError
+from trinity.ops.autograd import once_differentiable
 from trinity.ops.matmul import widens
 from trinity.ops.swiglu import reference_swiglu, swiglu, swiglu_gradient
 
@@ -87,6 +87,11 @@ def grouped_experts(x_RD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ends_E
     return F.grouped_mm(swiglu(gate_up_R2F), down_EDF.transpose(1, 2), offs=ends_E)
 
 
+def describe_experts(device: torch.device) -> str:
+    """The path of `grouped_experts` in a few words, for the log of a run."""
+    return "loop of matrix products" if device.type == "cpu" else "grouped_mm"
+
+
 class _Permute(torch.autograd.Function):
     """Row gather whose backward is a gather too (autograd's own would scatter with atomic adds)."""
 
@@ -97,7 +102,8 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_RD: Tensor):
+    def backward(ctx, *d_outputs: Tensor):
+        (d_RD,) = d_outputs
         (row_Nk,) = ctx.saved_tensors
         if d_RD.device.type == "cpu":
             return F.embedding_bag(row_Nk, d_RD, mode="sum"), None, None
@@ -115,13 +121,15 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_ND: Tensor):
+    def backward(ctx, *d_outputs: Tensor):
+        (d_ND,) = d_outputs
         y_RD, weights_Nk, token_R, row_Nk = ctx.saved_tensors
         d_RD = d_ND.index_select(0, token_R)
         weights_R = torch.empty_like(weights_Nk.flatten()).scatter_(0, row_Nk.flatten(), weights_Nk.flatten())
         d_weights_R = torch.linalg.vecdot(d_RD.float(), y_RD.float())
         d_weights_Nk = d_weights_R.index_select(0, row_Nk.flatten()).view_as(weights_Nk).to(weights_Nk.dtype)
-        return (d_RD * weights_R[:, None]).to(y_RD.dtype), d_weights_Nk, None, None
+        d_RD = d_RD.mul_(weights_R[:, None])
+        return d_RD, d_weights_Nk, None, None
 
 
 class _CpuExperts(torch.autograd.Function):
@@ -144,7 +152,8 @@ class _CpuExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_y_RD: Tensor):
+    def backward(ctx, *d_outputs: Tensor):
+        (d_y_RD,) = d_outputs
         x_RD, gate_up_E2FD, down_EDF, hidden_R2F = ctx.saved_tensors
         d_x_RD = torch.empty_like(x_RD)
         d_gate_up, d_down = torch.empty_like(gate_up_E2FD), torch.empty_like(down_EDF)

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from trinity.ops.autograd import once_differentiable
 
 
 def reference_gated(x: Tensor, gate: Tensor) -> Tensor:
@@ -23,7 +24,8 @@ class _CpuGated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out: Tensor):
+    def backward(ctx, *d_outputs: Tensor):
+        (d_out,) = d_outputs
         x, gate = ctx.saved_tensors
         open_ = torch.sigmoid(gate)
         d_gate = torch.ops.aten.sigmoid_backward(d_out * x, open_)

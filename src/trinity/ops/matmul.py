@@ -1,8 +1,8 @@
 """`x @ W^T` and its gradients, in the arithmetic that the processor is fastest at.
 
-bfloat16 on a CPU without AMX tiles is slower than float32 (measured on AVX512-BF16: 90 against 160 GFLOP/s a core), so there
-the factors are widened, multiplied in float32 and rounded once at the end. The result is at least as exact as bfloat16
-products with float32 sums, which is what every other path computes.
+bfloat16 on a CPU without AMX tiles is slower than float32 (measured on AVX512-BF16: 90 against 160 GFLOP/s a core),
+so there the factors are widened, multiplied in float32 and rounded once at the end. The result is at least as exact
+as bfloat16 products with float32 sums, which is what every other path computes.
 """
 
 import functools
@@ -10,6 +10,8 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from trinity.ops.autograd import once_differentiable
 
 
 @functools.cache
@@ -21,6 +23,11 @@ def cpu_has_bfloat16() -> bool:
 def widens(x: Tensor) -> bool:
     """Whether matrix products of `x` are computed in float32 although it is bfloat16."""
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not cpu_has_bfloat16()
+
+
+def describe_matmul(x: Tensor) -> str:
+    """The arithmetic of matrix products of tensors like `x`, for the log of a run."""
+    return "bfloat16 widened to float32" if widens(x) else str(x.dtype).removeprefix("torch.")
 
 
 def linear(x_ND: Tensor, weight_FD: Tensor) -> Tensor:
@@ -35,9 +42,10 @@ class _WideLinear(torch.autograd.Function):
         return F.linear(x.float(), weight_FD.float()).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    @once_differentiable
+    def backward(ctx, *d_outputs: Tensor):
         x, weight_FD = ctx.saved_tensors
-        dy = dy.float()
+        dy = d_outputs[0].float()
         dx = (dy @ weight_FD.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:

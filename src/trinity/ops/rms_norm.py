@@ -1,13 +1,15 @@
 """RMSNorm: `x * rsqrt(mean(x^2) + eps) * weight`, in fp32 inside, rounded to x's type once.
 
 On CUDA `F.rms_norm` is one kernel. On a CPU it is a chain of elementwise passes in each direction, so the backward pass
-borrows LayerNorm's kernel: with the mean set to 0 that kernel computes RMSNorm's gradient minus one term, a matrix-vector
-product, which is added back.
+borrows LayerNorm's kernel: with the mean set to 0 that kernel computes RMSNorm's gradient minus one term, a matrix-
+vector product, which is added back.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from trinity.ops.autograd import once_differentiable
 
 
 def reference_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -33,10 +35,11 @@ class _CpuRmsNorm(torch.autograd.Function):
         return (x * scale).mul_(weight_D.float()).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    @once_differentiable
+    def backward(ctx, *d_outputs: Tensor):
         x, weight_D, scale = ctx.saved_tensors
         # The kernel sums the weight's gradient in its input's type: bfloat16 would lose it.
-        wide, dy, weight_D = x.float().contiguous(), dy.float().contiguous(), weight_D.float()
+        wide, dy, weight_D = x.float().contiguous(), d_outputs[0].float().contiguous(), weight_D.float()
         needs_x, needs_weight, _ = ctx.needs_input_grad
         dx, dw_D, _ = torch.ops.aten.native_layer_norm_backward(
             dy, wide, [x.shape[-1]], torch.zeros_like(scale), scale, weight_D, None, [needs_x, needs_weight, False]

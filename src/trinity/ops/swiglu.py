@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from trinity.ops.autograd import once_differentiable
 
 
 def reference_swiglu(gate_up: Tensor) -> Tensor:
@@ -34,8 +35,8 @@ class _CpuSwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out: Tensor):
+    def backward(ctx, *d_outputs: Tensor):
         (gate_up,) = ctx.saved_tensors
         d_gate_up = torch.empty_like(gate_up)
-        swiglu_gradient(d_out.clone(), gate_up, d_gate_up)
+        swiglu_gradient(d_outputs[0].clone(), gate_up, d_gate_up)
         return d_gate_up
