@@ -24,10 +24,10 @@ import numpy as np
 from trinity.base.files import write_json
 from trinity.config import DataConfig, Phase
 from trinity.data.loader import Loader
-from trinity.data.mixture import Mixture
+from trinity.data.mixture import DocumentStream, Mixture
 from trinity.data.packing import BestFit, Concat
 from trinity.data.rows import Packer, Rows, empty_rows, finish_row
-from trinity.data.rsdb import RSDB, DocumentSource, ReferenceRSDB
+from trinity.data.rsdb import RSDB, ReferenceRSDB
 
 
 class MappedStore:
@@ -142,7 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = MappedStore(Path(folder) / "tokens", args.tokens)
 
-        def source() -> DocumentSource:
+        def source() -> DocumentStream:
             return Mixture(store, [PHASE], streams=1, seed=0, max_epochs=1_000_000).stream(0)
 
         packers: dict[str, Callable[[], Any]] = {
