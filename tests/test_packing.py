@@ -152,7 +152,7 @@ def test_rsdb_serves_the_shares_at_any_time_whatever_the_lengths() -> None:
     assert set(domains) == {1, 2}  # a phase begins at once
 
 
-def test_a_pool_is_divided_by_shares_and_never_holds_two_passes() -> None:
+def test_a_pool_is_divided_by_shares_and_never_exceeds_a_pass() -> None:
     store = FakeStore([1] * 100 + [1] * 7 + [1] * 500, [0] * 100 + [1] * 7 + [2] * 500, ["a", "b", "c"])
 
     def sizes(size: int, weights: dict[str, float]) -> list[int]:

@@ -41,8 +41,7 @@ class DomainSource(Protocol):
 def divide(size: int, source: DomainSource) -> list[int]:
     """Documents of a pool of `size` for each domain, by its share.
 
-    A domain of the phase has at least one, and at most half of a pass, so that a pool of twice as many never holds a
-    whole pass over it and the start of the next.
+    A domain of the phase has at least one and at most half of a pass over it, so that twice as many are a pass at most.
     """
     exact = [size * share for share in source.shares]
     sizes = [max(1, math.floor(part)) if part else 0 for part in exact]
