@@ -93,7 +93,7 @@ def test_batches_that_streams_do_not_divide_serve_all_streams_in_turn() -> None:
     one, two = group(1, streams=4), group(2, streams=4)
     for step in range(6):
         assert global_batch(one, step, 6) == global_batch(two, step, 6)
-    draws = {s: state["draws"] for s, state in one[0].state_dict()["streams"].items()}
+    draws = {s: sum(state["draws"]) for s, state in one[0].state_dict()["streams"].items()}
     assert sorted(draws) == ["0", "1", "2", "3"]
     assert min(draws.values()) > 0
     assert merge_states([loader.state_dict() for loader in two]) == one[0].state_dict()
@@ -179,19 +179,22 @@ def test_the_end_of_the_data_is_an_error_with_numbers(prefetch: int) -> None:
     assert len(served) > 0.6 * tokens  # one stream ends before the other
 
 
-def test_a_phase_keeps_the_pool_and_draws_from_its_own_domains() -> None:
+def test_a_phase_begins_at_once_and_its_pool_waits_for_a_later_one() -> None:
     loader = loader_of(streams=1)
-    domains = [
-        {
-            int(loader.mixture.store.domain_ids[doc])
-            for chunks in loader.next_rows(s, 8, int(s >= 4)).documents
-            for doc, _, _ in chunks
-        }
-        for s in range(60)
-    ]
-    assert set().union(*domains[:4]) <= {0, 1}
-    assert 0 in set().union(*domains[4:8])
-    assert set().union(*domains[50:]) == {1, 2}
+
+    def chunks_of(step: int, phase: int) -> list[tuple[str, int, int]]:
+        store, rows = store_of(), loader.next_rows(step, 8, phase)
+        chunks = [chunk for row in rows.documents for chunk in row]
+        return [(store.domains[store.domain_ids[doc]], doc, start) for doc, start, _ in chunks]
+
+    before = [chunk for step in range(4) for chunk in chunks_of(step, 0)]
+    between = [chunk for step in range(4, 8) for chunk in chunks_of(step, 1)]
+    after = [chunk for step in range(8, 12) for chunk in chunks_of(step, 0)]
+    assert {domain for domain, _, _ in before + after} == {"a", "b"}
+    assert {domain for domain, _, _ in between} == {"b", "c"}
+    last = {doc: start for domain, doc, start in before if domain == "a"}
+    goes_on = [start > last[doc] for domain, doc, start in after if domain == "a" and start and doc in last]
+    assert all(goes_on)
 
 
 def test_wrong_sizes_and_wrong_tokenizer_are_refused() -> None:

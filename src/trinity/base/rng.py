@@ -46,10 +46,15 @@ class Draws:
         self.position = position
 
     def below(self, n: int) -> int:
-        """An integer in [0, n), by multiply and shift; off uniform by less than n / 2**64."""
+        """The next integer in [0, n)."""
+        value = self.peek(n)
+        self.position += 1
+        return value
+
+    def peek(self, n: int) -> int:
+        """What `below` would give, by multiply and shift; off uniform by less than n / 2**64. `position` stays."""
         at = self.position - self._first
         if not 0 <= at < len(self._words):
             self._first, at = self.position, 0
             self._words = bits(self._key, np.arange(self._first, self._first + _BLOCK)).tolist()
-        self.position += 1
         return (self._words[at] * n) >> 64

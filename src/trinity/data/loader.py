@@ -164,12 +164,11 @@ class Loader:
         self._ahead.clear()
 
     def _assemble(self, request: _Request) -> tuple[Rows, dict[str, Any]]:
-        for stream in self._streams.values():
-            stream.set_phase(request.phase)
         numbers = [n % self._settings.streams for n in range(self._num_rows, self._num_rows + request.num_rows)]
         mine = [number for number in numbers if number in self._packers]
         rows = empty_rows(len(mine), self._seq_len)
         for row, number in enumerate(mine):
+            self._streams[number].set_phase(request.phase)
             chunks = self._packers[number].fill(rows.tokens_BT[row], rows.targets_BT[row])
             if not chunks:
                 raise EndOfDataError(self._describe_end(number, request.phase))

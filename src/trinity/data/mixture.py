@@ -4,19 +4,16 @@ Inside a domain of n documents, document number c of stream s (of S) is number p
 is read in pass p // n over the domain, at place p % n of that pass's pseudorandom order. Nothing is shuffled in memory,
 every pass reads every document once, and a stream is moved to any place by setting c.
 
-Between domains, documents are drawn so that the *tokens* drawn keep the shares that the weights ask for. With t_d
-tokens drawn from domain d in this phase, l_d the length of its next document and w_d its share, the domain with the
-smallest
+Between domains, the next piece of text (a document, or the part of one that goes into a row) is chosen so that the
+*tokens* delivered keep the shares that the weights ask for. With t_d tokens delivered from domain d in this phase, l_d
+the length of its next piece and w_d its share, the domain with the smallest
 
     (t_d + u * l_d) / w_d
 
-is next: weighted fair queueing (Demers, Keshav, Shenker 1989) in which a document counts as served at a fraction u of
-its length. No domain is ever away from its share by more than the longest documents. u differs by stream, spread evenly
+is next: weighted fair queueing (Demers, Keshav, Shenker 1989) in which a piece counts as delivered at a fraction u of
+its length. No domain is ever away from its share by more than the longest pieces. u differs by stream, spread evenly
 over (0, 1) in an order of its own for each domain and phase. So the expected share is exact from the first token on: a
 rare domain of very long documents neither crowds the start of every stream nor waits for the end of the run.
-
-The shares are those of the documents drawn. A packer that holds documents back, as `rsdb.py` does, serves long ones
-later than short ones; over a phase much longer than its pool the shares served are the same.
 """
 
 import hashlib
@@ -111,30 +108,58 @@ class Mixture:
 
 
 class DocumentStream:
-    """The documents of one stream in order, drawn from one phase at a time."""
+    """The documents of one stream in order: of each domain on its own, or of all domains of the phase by its shares."""
 
     def __init__(self, mixture: Mixture, number: int) -> None:
         assert 0 <= number < mixture.num_streams
-        self._mixture, self.number = mixture, number
+        self._mixture, self._number = mixture, number
         self._load(0, [0] * len(mixture.domains), [0] * len(mixture.domains))
 
     def _load(self, phase: int, counts: list[int], tokens: list[int]) -> None:
-        self._phase, self._tokens = phase, list(tokens)
-        self._orders = [_DomainOrder(self._mixture, d, self.number, count) for d, count in enumerate(counts)]
-        self._keys: list[float] = []  # by domain, of its next document; made at the first draw
-        self._fractions: list[float] = []
+        self.phase, self._tokens = phase, list(tokens)
+        self._orders = [_DomainOrder(self._mixture, d, self._number, count) for d, count in enumerate(counts)]
+        self._keys: list[float] = []  # of each domain's next document; made at the first `draw` of a phase
+        self._fractions: dict[int, float] = {}
 
     def set_phase(self, phase: int) -> None:
-        """Draw from `phase` from now on. Domains go on where they were; the count of shares starts anew."""
+        """Go by the shares of `phase` from now on. Domains go on where they were; the count of tokens starts anew."""
         assert 0 <= phase < len(self._mixture.phases)
-        if phase != self._phase:
-            self._phase, self._tokens, self._keys = phase, [0] * len(self._tokens), []
+        if phase != self.phase:
+            self.phase, self._tokens = phase, [0] * len(self._tokens)
+            self._keys, self._fractions = [], {}
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the tokens of each domain in this phase; 0 for a domain that is no part of it."""
+        return self._mixture.shares[self.phase]
+
+    def pass_length(self, domain: int) -> int:
+        """Documents of one pass over a domain that fall to this stream, rounded down."""
+        return len(self._mixture.members[domain]) // self._mixture.num_streams
+
+    def key(self, domain: int, length: int) -> float:
+        """Of all domains, the one whose next piece (of `length` tokens) has the smallest key is to deliver it."""
+        if domain not in self._fractions:
+            mixture = self._mixture
+            order = Permutation(derive(mixture.seed, "share", mixture.domains[domain], self.phase), mixture.num_streams)
+            self._fractions[domain] = (int(order(np.array([self._number]))[0]) + 0.5) / mixture.num_streams
+        return (self._tokens[domain] + self._fractions[domain] * length) / self.shares[domain]
+
+    def deliver(self, domain: int, length: int) -> None:
+        """Count tokens of a domain as delivered in this phase."""
+        self._tokens[domain] += length
+
+    def draw_from(self, domain: int, count: int) -> list[int]:
+        """The next `count` documents of one domain, fewer when it is used up; they do not count as delivered."""
+        order, drawn = self._orders[domain], []
+        while len(drawn) < count and order.find():
+            drawn.append(order.pop())
+        return drawn
 
     def draw(self, count: int) -> list[int]:
-        """The next `count` documents; fewer when every domain of the phase has left the mixture."""
+        """The next `count` documents by the shares of the phase, delivered whole; fewer when all are used up."""
         if not self._keys:
-            self._fractions = [self._fraction(d) for d in range(len(self._orders))]
-            self._keys = [self._key(d) for d in range(len(self._orders))]
+            self._keys = [self._next_key(domain) for domain in range(len(self._orders))]
         keys, drawn = self._keys, []
         while len(drawn) < count:
             best = min(keys)
@@ -142,28 +167,19 @@ class DocumentStream:
                 break
             domain = keys.index(best)
             order = self._orders[domain]
-            self._tokens[domain] += order.next_length
+            self.deliver(domain, order.next_length)
             drawn.append(order.pop())
-            keys[domain] = self._key(domain)
+            keys[domain] = self._next_key(domain)
         return drawn
 
-    def _key(self, domain: int) -> float:
-        share = self._mixture.shares[self._phase][domain]
-        if not share:
-            return math.inf
+    def _next_key(self, domain: int) -> float:
         order = self._orders[domain]
-        if not order.find():
+        if not self.shares[domain] or not order.find():
             return math.inf
-        return (self._tokens[domain] + self._fractions[domain] * order.next_length) / share
-
-    def _fraction(self, domain: int) -> float:
-        mixture = self._mixture
-        key = derive(mixture.seed, "share", mixture.domains[domain], self._phase)
-        place = Permutation(key, mixture.num_streams)(np.array([self.number]))
-        return (int(place[0]) + 0.5) / mixture.num_streams
+        return self.key(domain, order.next_length)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"phase": self._phase, "counts": [o.count for o in self._orders], "tokens": self._tokens.copy()}
+        return {"phase": self.phase, "counts": [o.count for o in self._orders], "tokens": self._tokens.copy()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._load(state["phase"], state["counts"], state["tokens"])

@@ -8,21 +8,32 @@ best-fit  whole documents where they fit, after Ding et al., "Fewer truncations 
 from array import array
 from bisect import bisect_right, insort
 from math import inf
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from trinity.base.rng import Draws
 from trinity.data.rows import Chunk, DocumentStore, copy_chunk
-from trinity.data.rsdb import DocumentSource, Pool, pack_column, unpack_column
+from trinity.data.rsdb import Pool, pack_column, unpack_column
+
+
+class DocumentSource(Protocol):
+    """An order of documents that can be saved; `mixture.DocumentStream` is the real one."""
+
+    def draw(self, count: int) -> list[int]:
+        """The next documents, fewer than `count` only when they are used up."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Concat:
     """Documents in the order of the source, cut at the ends of rows; with `several` off a row holds one document."""
 
     def __init__(self, store: DocumentStore, source: DocumentSource, *, several: bool = True) -> None:
-        self._store, self._several = store, several
-        self._pool = Pool(store, source, 1)
+        self._store, self._source, self._several = store, source, several
+        self._pool = Pool(store, source.draw, 1)
 
     def fill(self, tokens_T: np.ndarray, targets_T: np.ndarray) -> list[Chunk]:
         at, chunks = 0, []
@@ -39,10 +50,11 @@ class Concat:
         return chunks
 
     def state_dict(self) -> dict[str, Any]:
-        return self._pool.state_dict()
+        return {**self._pool.state_dict(), "source": self._source.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._pool.load_state_dict(state)
+        self._source.load_state_dict(state["source"])
 
 
 class BestFit:
