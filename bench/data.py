@@ -4,7 +4,8 @@
 
 Documents have log-normal lengths (median 600 tokens, mean about 1500, a few of 100 000 and more) and lie in a memory
 map of 32-bit tokens, as a vocabulary of 200 000 needs. `list-based` keeps documents as lists of ints and is checked to
-fill the same rows. Each figure is the median of the repeats; padding is not counted as tokens.
+fill the same rows. Each speed is the median of the repeats; padding is not counted as tokens.
+`largest doc` is the share of a batch of 8 rows that its largest document has, on average.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import mmap
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from trinity.config import DataConfig, Phase
 from trinity.data.loader import Loader
 from trinity.data.mixture import Mixture
 from trinity.data.packing import BestFit, Concat
-from trinity.data.rows import Packer, empty_rows, finish_row
+from trinity.data.rows import Packer, Rows, empty_rows, finish_row
 from trinity.data.rsdb import RSDB, DocumentSource, ReferenceRSDB
 
 
@@ -68,12 +70,21 @@ def seconds_per_call(call: Callable[[], object], repeats: int, calls: int) -> It
         yield (time.perf_counter() - start) / calls
 
 
+def largest_share(rows: Rows) -> float:
+    """Share of a batch's tokens that its largest document has."""
+    tokens: Counter[int] = Counter()
+    for chunks in rows.documents:
+        for doc, _, length in chunks:
+            tokens[doc] += length
+    return max(tokens.values()) / tokens.total()
+
+
 def bench_packer(packer: Packer | ReferenceRSDB, seq_len: int, rows: int, repeats: int) -> dict[str, Any]:
     """Tokens of documents (padding does not count) per second, for batches of 8 complete rows."""
     batch = 8
     tokens = chunks_seen = filled = 0
 
-    def one_batch() -> None:
+    def one_batch() -> Rows:
         nonlocal tokens, chunks_seen, filled
         out = empty_rows(batch, seq_len)
         for row in range(batch):
@@ -82,15 +93,18 @@ def bench_packer(packer: Packer | ReferenceRSDB, seq_len: int, rows: int, repeat
             tokens += sum(chunk.length for chunk in chunks)
             chunks_seen += len(chunks)
             filled += 1
+        return out
 
     one_batch()  # fills the pool
     tokens = chunks_seen = filled = 0
     seconds = list(seconds_per_call(one_batch, repeats, max(1, rows // batch)))
     share = tokens / (filled * seq_len)
+    chunks_per_row = chunks_seen / filled
     return {
         "tokens_per_second": share * batch * seq_len / statistics.median(seconds),
         "padding": 1 - share,
-        "chunks_per_row": chunks_seen / filled,
+        "chunks_per_row": chunks_per_row,
+        "largest_share": statistics.fmean(largest_share(one_batch()) for _ in range(50)),
         "state_bytes": None if isinstance(packer, ReferenceRSDB) else len(json.dumps(packer.state_dict())),
     }
 
@@ -152,17 +166,16 @@ def main() -> None:
             "packers": {},
             "loader": {},
         }
-        print(
-            f"T={args.seq_len}, buffer {args.buffer}, {store.num_documents:,} documents of {store.lengths.mean():,.0f} tokens\n"
-        )
-        print(f"{'packing':<20}{'M tokens/s':>12}{'padding':>10}{'chunks/row':>12}{'state KiB':>11}")
+        print(f"T={args.seq_len}, buffer {args.buffer}, {store.num_documents:,} documents, ", end="")
+        print(f"mean {store.lengths.mean():,.0f} tokens\n")
+        print(f"{'packing':<18}{'M tokens/s':>12}{'padding':>9}{'largest doc':>13}{'chunks/row':>12}{'state KiB':>11}")
         for name, make in packers.items():
             found = bench_packer(make(), args.seq_len, 64 if "list" in name else 512, args.repeats)
             results["packers"][name] = found
             state = f"{found['state_bytes'] / 1024:.1f}" if found["state_bytes"] else "-"
             print(
-                f"{name:<20}{found['tokens_per_second'] / 1e6:>12.1f}{found['padding']:>10.1%}"
-                f"{found['chunks_per_row']:>12.1f}{state:>11}"
+                f"{name:<18}{found['tokens_per_second'] / 1e6:>12.1f}{found['padding']:>9.1%}"
+                f"{found['largest_share']:>13.1%}{found['chunks_per_row']:>12.1f}{state:>11}"
             )
         speeds = {name: found["tokens_per_second"] for name, found in results["packers"].items()}
         results["speedup_over_lists"] = speeds["rsdb"] / speeds["rsdb, list-based"]
@@ -174,9 +187,8 @@ def main() -> None:
             found = bench_loader(store, settings, args.seq_len, step_ms, 50)
             name = f"prefetch {prefetch}, step of {step_ms:.0f} ms"
             results["loader"][name] = found
-            print(
-                f"{name:<32}{found['wait_ms']:>10.2f}{found['tokens_per_second'] / 1e6:>12.1f}{found['state_bytes'] / 1024:>11.1f}"
-            )
+            line = f"{name:<32}{found['wait_ms']:>10.2f}{found['tokens_per_second'] / 1e6:>12.1f}"
+            print(f"{line}{found['state_bytes'] / 1024:>11.1f}")
         if args.json:
             write_json(args.json, results)
 

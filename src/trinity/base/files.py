@@ -1,5 +1,6 @@
 """Files that are either whole or absent: write aside, flush, rename."""
 
+import errno
 import json
 import os
 import tempfile
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from trinity.base.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space on the device, in the quota, or under the limit of a file's size."""
 
 
 @contextmanager
@@ -28,7 +32,7 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         sync_folder(path.parent)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == 28:
+        if isinstance(error, OSError) and error.errno in FULL:
             raise UserError(f"the disk is full: {path} was not written; what was there before is unchanged") from error
         raise
 

@@ -193,6 +193,9 @@ class RLConfig(StageConfig):
     prompts_per_step: PositiveInt = 32
     group: Annotated[int, Field(ge=2)] = 8
     """Samples of one prompt, whose mean reward is the baseline."""
+    updates: PositiveInt = 1
+    """Optimizer steps of one rollout, each on prompts_per_step prompts of its own. Beyond 1 the later ones are off-policy,
+    which is what the clip is for."""
     max_new_tokens: PositiveInt = 64
     temperature: PositiveFloat = 1.0
     clip_low: Fraction = 0.2

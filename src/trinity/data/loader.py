@@ -120,7 +120,7 @@ class Loader:
         """This rank's part of the next global batch: `num_rows` / ranks rows, refilled from `phases[phase]`.
 
         `num_rows` is the whole step's, over all ranks. The batch depends on what was asked for before, not on `step`,
-        which only names the step in an error: after a rollback, batches are skipped by asking for them and dropping them.
+        which only names the step in an error: batches are skipped by asking for them and dropping them.
         Raises UserError when ranks do not divide `num_rows` and when a stream is at its end; the state stays as it was.
         """
         if num_rows % self._num_ranks:
@@ -181,9 +181,9 @@ class Loader:
         mixture = self.mixture
         return (
             f"stream {stream} of {mixture.num_streams} has read every document of phase {mixture.phases[phase].name!r} "
-            f"data.max_epochs = {mixture.max_epochs} times ({mixture.supply(phase):,} tokens over all streams, and about "
-            f"{self._num_rows * self._seq_len:,} were served in this and other phases): ask for fewer tokens, allow more "
-            "passes, or prepare more text"
+            f"data.max_epochs = {mixture.max_epochs} times ({mixture.supply(phase):,} tokens over all streams; "
+            f"{self._num_rows * self._seq_len:,} were served in all phases): ask for fewer tokens, allow more passes, "
+            "or prepare more text"
         )
 
     def _snapshot(self) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Mixture:
         return self.max_epochs * sum(used)
 
     def passes(self) -> dict[str, float]:
-        """Passes over each domain that the phases ask for in all; beyond `max_epochs` the domain leaves before the end."""
+        """Passes over each domain that the phases ask for; with more than `max_epochs` it leaves before the end."""
         passes = {}
         for d, (name, held) in enumerate(zip(self.domains, self.num_tokens, strict=True)):
             asked = math.fsum(p.tokens * shares[d] for p, shares in zip(self.phases, self.shares, strict=True))

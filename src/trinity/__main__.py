@@ -1,0 +1,8 @@
+"""`python -m trinity` is `trinity`; `torchrun -m trinity pretrain ...` starts many processes of one run."""
+
+import sys
+
+from trinity.cli import main
+
+if __name__ == "__main__":  # worker processes import this module again
+    sys.exit(main())

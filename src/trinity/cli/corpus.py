@@ -1,0 +1,201 @@
+"""Verbs of text and tokens: tokenizer train|show, data prepare|inspect|verify."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trinity.base.errors import UsageError, UserError
+from trinity.cli.options import ForceOption, JsonOption, note, print_json, print_rows
+
+InputsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files or folders (txt, md, jsonl, parquet, sources), each as PATH or PATH=DOMAIN.", metavar="INPUT..."
+    ),
+]
+TokenizerOption = Annotated[Path, typer.Option("--tokenizer", help="Tokenizer directory.", metavar="DIR")]
+OutOption = Annotated[Path, typer.Option("--out", help="Directory to write.", metavar="DIR")]
+ShardsArgument = Annotated[Path, typer.Argument(help="Directory that `trinity data prepare` wrote.", metavar="DIR")]
+
+
+def train_tokenizer(
+    inputs: InputsArgument,
+    out: OutOption,
+    vocab_size: Annotated[int, typer.Option(min=256, help="Entries to learn, the 256 bytes included.")] = 200_000,
+    sample_bytes: Annotated[int, typer.Option(min=1, help="Bytes of text to learn from at most.")] = 48_000_000_000,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Learn a byte-level BPE vocabulary from text."""
+    if (out / "tokenizer.json").exists() and not force:
+        raise UserError(f"{out} already holds a tokenizer; --force replaces it")
+    from trinity.base.console import Console
+    from trinity.config import TokenizerConfig
+    from trinity.data.corpus import Input, list_files, read_documents
+    from trinity.tokenizer import train_tokenizer as train
+
+    settings = TokenizerConfig(vocab_size=vocab_size, sample_bytes=sample_bytes)
+    total = sum(file.text_bytes for file in list_files([Input.parse(text) for text in inputs]).files)
+    texts = (document.text for document in read_documents(inputs))
+    with Console().progress("Learning the vocabulary", total=min(total, sample_bytes), unit="B") as progress:
+        tokenizer = train(texts, settings, progress=progress.set, total_bytes=total)
+    tokenizer.save(out)
+    result = {"directory": str(out), "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
+    if as_json:
+        print_json(result)
+    else:
+        print(f"{out}: {tokenizer.vocab_size:,} entries, fingerprint {tokenizer.fingerprint[:16]}")
+
+
+def show_tokenizer(
+    directory: Annotated[Path, typer.Argument(help="Tokenizer or model directory.", metavar="DIR")],
+    text: Annotated[str | None, typer.Option("--text", help="Text to cut; - reads standard input.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell a tokenizer's size and special tokens, and how it cuts a text."""
+    from trinity.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(directory)
+    result: dict[str, Any] = {
+        "directory": str(directory),
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
+        "fingerprint": tokenizer.fingerprint,
+    }
+    if text is not None:
+        whole = sys.stdin.read() if text == "-" else text
+        ids = tokenizer.encode(whole)
+        result["tokens"] = [{"id": i, "text": tokenizer.decode([i])} for i in ids]
+        result["bytes_per_token"] = round(len(whole.encode()) / max(1, len(ids)), 3)
+    if as_json:
+        print_json(result)
+        return
+    tokens = result.pop("tokens", None)
+    print_rows(("property", "value"), [(key, str(value)) for key, value in result.items()])
+    if tokens is not None:
+        print()
+        print_rows(("id", "token"), [(token["id"], repr(token["text"])) for token in tokens])
+
+
+def prepare(
+    inputs: InputsArgument,
+    tokenizer: TokenizerOption,
+    out: OutOption,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that read and tokenize.")] = max(
+        1, os.cpu_count() or 1
+    ),
+    val_fraction: Annotated[
+        float, typer.Option(min=0.0, max=0.5, help="Share of the documents that are held out.")
+    ] = 0.005,
+    text_column: Annotated[str, typer.Option(help="Column of the text in jsonl and parquet.")] = "text",
+    domain_column: Annotated[str, typer.Option(help="Column of the domain in jsonl and parquet.")] = "domain",
+    min_chars: Annotated[int, typer.Option(min=1, help="Leave out shorter documents.")] = 1,
+    max_chars: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
+    quality: Annotated[bool, typer.Option(help="Leave out documents that fail the quality rules.")] = True,
+    deduplicate: Annotated[bool, typer.Option(help="Leave out documents whose text was seen before.")] = True,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn documents into shards of tokens, with a held-out split; the same command goes on after a stop."""
+    from trinity.base.console import Console
+    from trinity.data.prepare import Progress
+    from trinity.data.prepare import prepare as run
+    from trinity.tokenizer import Tokenizer
+
+    with Console().progress("Preparing", total=None, unit="units") as view:
+
+        def on_progress(p: Progress) -> None:
+            view.expect(p.units)
+            view.set(p.units_done, f"{p.step}: {p.documents:,} documents, {p.tokens:,} tokens")
+
+        made = run(
+            inputs,
+            Tokenizer.load(tokenizer),
+            out,
+            workers=workers,
+            val_fraction=val_fraction,
+            text_column=text_column,
+            domain_column=domain_column,
+            min_chars=min_chars,
+            max_chars=max_chars,
+            quality=quality,
+            deduplicate=deduplicate,
+            force=force,
+            progress=on_progress,
+        )
+    if as_json:
+        print_json(
+            {
+                "directory": str(made.directory),
+                "fingerprint": made.fingerprint,
+                "documents": made.documents,
+                "tokens": made.tokens,
+                "dropped": made.dropped,
+                "passed_over": made.passed_over,
+            }
+        )
+        return
+    print_rows(("split", "documents", "tokens"), [(s, n, made.tokens[s]) for s, n in made.documents.items()])
+    if made.dropped:
+        print()
+        print_rows(("left out because of", "documents"), list(made.dropped.items()))
+    if made.passed_over:
+        note(f"{made.passed_over} files of unknown type were passed over")
+
+
+def inspect(directory: ShardsArgument, as_json: JsonOption = False) -> None:
+    """Documents, tokens and lengths of shards by split and domain."""
+    import numpy as np
+
+    from trinity.data.shards import Shards
+
+    rows: list[dict[str, Any]] = []
+    for split, folder in _splits(directory).items():
+        shards = Shards.open(folder)
+        for number, domain in enumerate(shards.domains):
+            lengths = np.sort(np.asarray(shards.lengths)[np.asarray(shards.domain_ids) == number])
+            if lengths.size:
+                rows.append(
+                    {
+                        "split": split,
+                        "domain": domain,
+                        "documents": int(lengths.size),
+                        "tokens": int(lengths.sum()),
+                        "median_length": int(np.median(lengths)),
+                        "longest": int(lengths[-1]),
+                    }
+                )
+    if as_json:
+        print_json(rows)
+    else:
+        print_rows(("split", "domain", "documents", "tokens", "median", "longest"), [tuple(r.values()) for r in rows])
+
+
+def verify(directory: ShardsArgument, as_json: JsonOption = False) -> None:
+    """Read every byte of shards against its checksum."""
+    from trinity.data.shards import Shards
+
+    failures = {split: list(Shards.open(folder).failures()) for split, folder in _splits(directory).items()}
+    if as_json:
+        print_json(failures)
+    for split, found in failures.items():
+        if not as_json:
+            print(f"{split}: {'whole' if not found else 'damaged'}")
+        for failure in found:
+            note(failure)
+    if any(failures.values()):
+        raise UserError(f"{directory} is damaged; prepare it again")
+
+
+def _splits(directory: Path) -> dict[str, Path]:
+    """The shard directories of a path: its `train` and `val`, or itself."""
+    both = {name: directory / name for name in ("train", "val") if (directory / name).is_dir()}
+    if both:
+        return both
+    if not directory.is_dir():
+        raise UsageError(f"there is no directory {directory}")
+    return {directory.name: directory}

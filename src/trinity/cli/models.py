@@ -1,0 +1,154 @@
+"""Verbs that use and exchange models: generate, chat, export, import."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trinity.base.errors import UsageError, UserError
+from trinity.cli.options import DeviceOption, DtypeOption, ForceOption, JsonOption, note, print_json
+
+ModelArgument = Annotated[Path, typer.Argument(help="Model directory, run directory or checkpoint.", metavar="PATH")]
+OutOption = Annotated[Path, typer.Option("--out", help="Directory to write.", metavar="DIR")]
+MaxTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of the answer at most.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 always takes the most probable token.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Share of the probability that is sampled from.")
+]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Most probable tokens that are sampled from; 0 is all.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="The same seed gives the same text.")]
+
+
+def generate(
+    path: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.", metavar="PROMPT")],
+    max_new_tokens: MaxTokens = 256,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a text; it appears as it is generated."""
+    import trinity
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    model, tokenizer = trinity.load(path, device=device, dtype=dtype)
+    answer = trinity.generate(
+        model,
+        tokenizer,
+        text,
+        on_text=None if as_json else _print_now,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+    )
+    if as_json:
+        print_json({"prompt": text, "text": answer})
+    else:
+        print()
+
+
+def chat(
+    path: ModelArgument,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    max_new_tokens: MaxTokens = 1024,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Talk to a model.
+
+    Ctrl-C stops an answer, Ctrl-D ends; /reset forgets the conversation.
+    """
+    import trinity
+    from trinity.infer.chat import ChatSession
+    from trinity.infer.sampling import SamplingParams
+
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    model, tokenizer = trinity.load(path, device=device, dtype=dtype)
+    session = ChatSession(model, tokenizer, system=system, params=params)
+    if sys.stdin.isatty():
+        note("Ctrl-C stops an answer, Ctrl-D ends, /reset forgets the conversation.")
+    while (line := _read_line()) is not None:
+        if line.strip() == "/reset":
+            session.reset()
+            continue
+        if not line.strip():
+            continue
+        answer = session.send(line)
+        try:
+            for piece in answer:
+                _print_now(piece)
+        except UserError as error:
+            note(str(error))
+        except KeyboardInterrupt:
+            answer.close()
+        print()
+        if session.dropped:
+            note(f"(the context is full: the first {session.dropped} messages were left out)")
+
+
+def export(
+    path: ModelArgument,
+    out: OutOption,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "bfloat16",
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model directory that other engines load.
+
+    Refused when what was written gives other logits than the model.
+    """
+    import torch
+
+    import trinity
+    from trinity.export import export_afmoe
+
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in types:
+        raise UsageError(f"--dtype {dtype} is not one of {', '.join(types)}")
+    model, tokenizer = trinity.load(path, device="cpu")
+    report = export_afmoe(
+        model, model.config, tokenizer, out, dtype=types[dtype], origin={"from": path.name}, force=force
+    )
+    if as_json:
+        print_json({"directory": str(out), "dtype": dtype, "parity": vars(report)})
+    else:
+        print(f"{out}: {dtype}, compared with the model")
+
+
+def import_model(
+    directory: Annotated[
+        Path, typer.Argument(help="Public model directory (config.json, safetensors).", metavar="DIR")
+    ],
+    out: OutOption,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "bfloat16",
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take in a public `afmoe` model.
+
+    Reads and checks every tensor (FP8 too) and writes a plain model directory.
+    """
+    export(directory, out, dtype, force, as_json)
+
+
+def _print_now(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _read_line() -> str | None:
+    """The next line of the person; None at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None

@@ -1,0 +1,114 @@
+"""Options that several verbs share, and the little that verbs do with them."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trinity.base.errors import UsageError
+
+if TYPE_CHECKING:
+    from trinity.config import Origin, RunConfig
+
+RunDirOption = Annotated[Path, typer.Option("--run-dir", help="Directory that the run is kept in.", metavar="DIR")]
+OverlayOption = Annotated[
+    list[Path] | None,
+    typer.Option("--overlay", help="TOML file whose settings replace the preset's; may be repeated.", metavar="FILE"),
+]
+FromOption = Annotated[
+    Path, typer.Option("--from", help="Run directory or model directory that the weights come from.", metavar="PATH")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value to standard output.")]
+ShowOption = Annotated[bool, typer.Option("--show", help="Print the settings and where each came from; start nothing.")]
+SettingsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="A preset or a TOML file, then any number of key=value.", metavar="PRESET|FILE.toml|key=value"),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda or cuda:N; by default a GPU if there is one.")
+]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default as stored.")]
+
+
+def example(*lines: str) -> str:
+    """The end of a verb's help."""
+    return "\b\n" + "\n".join(["Example:", *(f"  {line}" for line in lines)])
+
+
+def print_json(value: Any) -> None:
+    """`value` as JSON on standard output."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def print_rows(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """An aligned table on standard output."""
+    from trinity.base.console import format_table
+
+    print(format_table(headers, rows))
+
+
+def resolve_settings(
+    settings: Sequence[str] | None, overlays: Sequence[Path] | None, start_from: Path | None = None
+) -> "tuple[RunConfig, dict[str, Origin]]":
+    """`PRESET key=value ...` -> settings; without a preset, those of the run that `start_from` is or belongs to.
+
+    Raises UsageError when there is neither.
+    """
+    from trinity.config import list_presets, resolve
+
+    words = list(settings or ())
+    if words and "=" not in words[0]:
+        return resolve(words[0], overlays or (), words[1:])
+    inherited = _run_settings(start_from) if start_from is not None else None
+    if inherited is None:
+        presets = ", ".join(list_presets())
+        raise UsageError(f"name a preset ({presets}) or a .toml file before the key=value settings")
+    return resolve(str(inherited), overlays or (), words)
+
+
+def show_settings(origins: "dict[str, Origin]", as_json: bool) -> None:
+    """Every setting with the place that set it."""
+    if as_json:
+        print_json({key: {"value": _plain(o.value), "origin": o.source} for key, o in origins.items()})
+        return
+    rows = [(key, o.source, json.dumps(_plain(o.value), ensure_ascii=False)) for key, o in origins.items()]
+    print_rows(("setting", "origin", "value"), rows)
+
+
+def write_origins(run_dir: Path, origins: "dict[str, Origin]") -> None:
+    """Keep where each setting came from beside the run's settings, for the report."""
+    from trinity.base.files import write_json
+
+    write_json(run_dir / "origins.json", {key: origin.source for key, origin in origins.items()})
+
+
+def is_main_process() -> bool:
+    """Whether this process, of those that torchrun started, speaks and writes."""
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def note(text: str) -> None:
+    """A line for the person, on standard error."""
+    print(text, file=sys.stderr)
+
+
+def _run_settings(path: Path) -> Path | None:
+    """run.toml of a run, of the run around a checkpoint or an exported model, or of a pipeline's last stage."""
+    stages = [path / stage for stage in ("rl", "sft", "extend", "pretrain")]
+    for folder in (path, path.parent, path.parent.parent, *stages):
+        if (folder / "run.toml").is_file():
+            return folder / "run.toml"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """A settings value as JSON would hold it."""
+    from pydantic_core import to_jsonable_python
+
+    return to_jsonable_python(value)

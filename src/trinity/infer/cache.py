@@ -1,0 +1,153 @@
+"""The hybrid key/value cache: the last W tokens in local layers, all tokens in global ones, in blocks.
+
+A request occupies a slot. Each kind of layer has one pool of blocks that all slots share, so that requests of unequal
+lengths waste at most one block a layer, and memory grows with the tokens that are really there. In a global layer
+token p lies in block p // S of its slot; in a local layer the blocks form a ring, and p takes the place of p - ring.
+"""
+
+import math
+
+import torch
+
+from trinity.config import ModelConfig
+from trinity.config.model import LayerType
+
+
+class BlockPool:
+    """Keys and values of all layers of one kind, `block` tokens a block, and which block holds what of which slot."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        config: ModelConfig,
+        num_slots: int,
+        block: int,
+        ring: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.block = block
+        self.ring_blocks = None if ring is None else math.ceil(ring / block)
+        self._shape = (block, config.num_kv_heads, config.head_dim)
+        self._blocks_of: list[list[int]] = [[] for _ in range(num_slots)]
+        self._free: list[int] = []
+        self._num_blocks = 0
+        self.keys = [torch.empty(0, *self._shape, device=device, dtype=dtype) for _ in range(num_layers)]
+        self.values = [torch.empty(0, *self._shape, device=device, dtype=dtype) for _ in range(num_layers)]
+        self._table = torch.zeros(num_slots, 1, dtype=torch.int64, device=device)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the blocks that slots hold."""
+        if not self.keys:
+            return 0
+        block_bytes = math.prod(self._shape) * self.keys[0].element_size()
+        return 2 * len(self.keys) * block_bytes * sum(map(len, self._blocks_of))
+
+    def num_blocks(self, length: int) -> int:
+        """Blocks of a slot that holds `length` tokens."""
+        blocks = math.ceil(length / self.block)
+        return blocks if self.ring_blocks is None else min(blocks, self.ring_blocks)
+
+    def grow(self, slot: int, length: int) -> None:
+        """Make room for `length` tokens in a slot."""
+        held = self._blocks_of[slot]
+        wanted = self.num_blocks(length)
+        if wanted <= len(held):
+            return
+        new = [self._take() for _ in range(wanted - len(held))]
+        if wanted > self._table.shape[1]:
+            wider = torch.zeros(len(self._table), max(wanted, 2 * self._table.shape[1]), dtype=torch.int64)
+            wider = wider.to(self._table.device)
+            wider[:, : self._table.shape[1]] = self._table
+            self._table = wider
+        self._table[slot, len(held) : wanted] = torch.tensor(new, device=self._table.device)
+        held += new
+
+    def release(self, slot: int) -> None:
+        self._free += reversed(self._blocks_of[slot])
+        self._blocks_of[slot] = []
+
+    def table(self, slots_B: torch.Tensor, max_length: int) -> torch.Tensor:
+        """Block numbers [B, n] that cover `max_length` tokens; entries that a slot does not hold are arbitrary."""
+        return self._table[slots_B, : max(1, self.num_blocks(max_length))]
+
+    def places(self, slots_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        """Where the token at a position of a slot lies, as an index into the flat tokens of the pool."""
+        nth_N = positions_N // self.block
+        if self.ring_blocks is not None:
+            nth_N = nth_N % self.ring_blocks
+        return self._table[slots_N, nth_N] * self.block + positions_N % self.block
+
+    def positions(self, lengths_B: torch.Tensor, max_length: int) -> torch.Tensor:
+        """Position [B, S] of the token at each place of `table`, -1 where there is none, for slots of given lengths."""
+        num_places = max(1, self.num_blocks(max_length)) * self.block
+        place_S = torch.arange(num_places, device=lengths_B.device)
+        last_B1 = lengths_B[:, None] - 1
+        if self.ring_blocks is None:
+            return torch.where(place_S <= last_B1, place_S, -1)
+        ring = self.ring_blocks * self.block
+        position_BS = last_B1 - (last_B1 - place_S) % ring
+        return position_BS.clamp(min=-1)
+
+    def write(self, layer: int, places_N: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> None:
+        self.keys[layer].flatten(0, 1)[places_N] = k_NGK.to(self.keys[layer].dtype)
+        self.values[layer].flatten(0, 1)[places_N] = v_NGK.to(self.values[layer].dtype)
+
+    def gather(self, layer: int, table_Bn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, S, G, K] of the slots behind a table."""
+        batch = len(table_Bn)
+        shape = (batch, -1, *self._shape[1:])
+        flat = table_Bn.flatten()
+        return (
+            self.keys[layer].index_select(0, flat).view(shape),
+            self.values[layer].index_select(0, flat).view(shape),
+        )
+
+    def _take(self) -> int:
+        if not self._free:
+            more = max(16, self._num_blocks // 2)
+            for stored in (self.keys, self.values):
+                for layer, old in enumerate(stored):
+                    stored[layer] = torch.cat((old, old.new_zeros(more, *self._shape)))
+            self._free = list(range(self._num_blocks + more - 1, self._num_blocks - 1, -1))
+            self._num_blocks += more
+        return self._free.pop()
+
+
+class Cache:
+    """The pools of both kinds of layers. Slots are numbered 0 .. num_slots - 1."""
+
+    def __init__(
+        self, config: ModelConfig, num_slots: int, *, device: torch.device, dtype: torch.dtype, block: int = 64
+    ) -> None:
+        kinds: tuple[LayerType, ...] = ("local", "global")
+        rings = {"local": config.window, "global": None}
+        self.pools = {
+            kind: BlockPool(config.layers.count(kind), config, num_slots, block, rings[kind], device, dtype)
+            for kind in kinds
+        }
+        counts = dict.fromkeys(kinds, 0)
+        self.places: list[tuple[LayerType, int]] = []
+        """Pool and number in the pool of each layer of the model."""
+        for kind in config.layers:
+            self.places.append((kind, counts[kind]))
+            counts[kind] += 1
+        self.lengths = [0] * num_slots
+        """Tokens that each slot holds."""
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of K and V in use: `ModelConfig.kv_cache_bytes` of each slot, lengths rounded up to whole blocks."""
+        return sum(pool.used_bytes for pool in self.pools.values())
+
+    def grow(self, slot: int, length: int) -> None:
+        """Make room for `length` tokens in a slot; `lengths` is set by whoever writes them."""
+        for pool in self.pools.values():
+            pool.grow(slot, length)
+
+    def release(self, slot: int) -> None:
+        """Give a slot's blocks back."""
+        for pool in self.pools.values():
+            pool.release(slot)
+        self.lengths[slot] = 0

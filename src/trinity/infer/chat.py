@@ -1,0 +1,88 @@
+"""A conversation with a model: history, template, streamed answers, and what to do when the context is full."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from trinity.base.errors import UserError
+from trinity.infer.engine import Engine, Finish
+from trinity.infer.sampling import SamplingParams
+from trinity.model.transformer import Transformer
+from trinity.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+
+
+class ChatSession:
+    """Messages so far, and `send` to add a turn.
+
+        session = ChatSession(model, tokenizer, system="Answer briefly.")
+        for piece in session.send("What is a mixture of experts?"):
+            print(piece, end="", flush=True)
+
+    When prompt and answer would not fit the model's positions, the oldest turns are left out of the prompt (the system
+    message stays); `dropped` tells how many messages the last answer did not see.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        system: str | None = None,
+        params: SamplingParams | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.params = params or SamplingParams(max_new_tokens=1024)
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.finish: Finish | None = None
+        """How the last answer ended; "cancelled" when the caller stopped listening."""
+        self.dropped = 0
+        self._max_positions = model.config.max_positions
+        self._engine = Engine(model, tokenizer, max_batch=1)
+
+    def send(self, text: str) -> Iterator[str]:
+        """Add what the user says and yield the answer piece by piece.
+
+        The answer joins the history when it ends, also when the caller stops listening before that. Raises UserError
+        when the message alone does not fit; it is then taken back.
+        """
+        self.messages.append({"role": "user", "content": text})
+        try:
+            prompt = self._prompt()
+        except UserError:
+            self.messages.pop()
+            raise
+        stops = tuple({*self.params.stop_ids, *self.tokenizer.stop_ids})
+        request = self._engine.submit(prompt, dataclasses.replace(self.params, stop_ids=stops))
+        try:
+            while not request.done:
+                for event in self._engine.step():
+                    if event.text:
+                        yield event.text
+        finally:
+            self._engine.cancel(request)
+            self.finish = request.completion.finish
+            self.messages.append({"role": "assistant", "content": request.completion.text})
+
+    def reset(self) -> None:
+        """Forget every turn but the system message."""
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+        self.dropped = 0
+        self.finish = None
+
+    def _prompt(self) -> list[int]:
+        """Tokens of the conversation, the oldest turns left out until the answer has room."""
+        room = self._max_positions - min(self.params.max_new_tokens, self._max_positions // 2)
+        system = self.messages[:1] if self.messages[0]["role"] == "system" else []
+        turns = self.messages[len(system) :]
+        starts = [i for i, message in enumerate(turns) if message["role"] == "user"]
+        for start in starts:
+            ids, _ = self.tokenizer.encode_chat(system + turns[start:], add_generation_prompt=True)
+            if len(ids) <= room:
+                self.dropped = start
+                return ids
+        raise UserError(
+            f"the message is too long: with the template it has {len(ids)} tokens, and {room} of the model's "
+            f"{self._max_positions} positions are left for it"
+        )

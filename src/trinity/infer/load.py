@@ -1,0 +1,173 @@
+"""A path -> (model, tokenizer): a public model directory, a run directory, one checkpoint or a pipeline directory."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from trinity.base.errors import UserError
+from trinity.base.files import read_json
+from trinity.config import ModelConfig, resolve
+from trinity.export.reading import iterate_state, read_config
+from trinity.model.transformer import Transformer
+from trinity.tokenizer import Tokenizer
+
+STAGES = ("rl", "sft", "extend", "pretrain")
+"""Stages of a pipeline directory, the last one first."""
+CHECKPOINT = re.compile(r"step-\d{8,}")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Place(NamedTuple):
+    """Where the weights, the settings and the tokenizer of a path lie."""
+
+    weights: Path
+    """A public model directory, or the folder of a training checkpoint."""
+    run: Path | None
+    """The run directory of a training checkpoint; None for a public model directory."""
+    tokenizers: tuple[Path, ...]
+    """Where a tokenizer may be, in order."""
+
+
+def load(
+    path: Path | str, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """The model in evaluation mode, and its tokenizer.
+
+    `path` is a model directory (config.json and safetensors), a run directory (its `model/`, else its newest whole
+    checkpoint), one checkpoint of a run, or a pipeline directory (its last stage that has a model). `device` None is
+    CUDA where there is one; `dtype` None keeps the stored type. Raises UserError that names what is missing or wrong.
+    """
+    place = find(Path(path))
+    tokenizer = find_tokenizer(place)
+    model = _load_weights(place, device, dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {path} has {tokenizer.vocab_size} entries, but its model only {model.config.vocab_size}; "
+            "they do not belong together"
+        )
+    return model, tokenizer
+
+
+def load_model(
+    path: Path | str, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> Transformer:
+    """As `load`, for a path that need not have a tokenizer."""
+    return _load_weights(find(Path(path)), device, dtype)
+
+
+def find(path: Path) -> Place:
+    """What `load` would read. Raises UserError when nothing there is a model."""
+    if not path.exists():
+        raise UserError(f"there is no model at {path}: give a local directory that trinity or another tool wrote")
+    if path.is_file():
+        raise UserError(f"{path} is a file; give the directory that holds config.json or the run, such as {path.parent}")
+    if (path / "config.json").exists():
+        return Place(path, None, (path,))
+    if CHECKPOINT.fullmatch(path.name) and path.parent.name == "checkpoints":
+        return _checkpoint(path, path.parent.parent)
+    if (path / "model" / "config.json").exists():
+        return Place(path / "model", None, (path / "model",))
+    if (path / "run.toml").exists():
+        return _checkpoint(_newest(path), path)
+    for stage in STAGES:
+        folder = path / stage
+        if (folder / "model" / "config.json").exists() or (folder / "checkpoints").is_dir():
+            return find(folder)
+    raise UserError(
+        f"{path} is neither a model directory (config.json) nor a run directory (run.toml, model/, checkpoints/)"
+    )
+
+
+def find_tokenizer(place: Place) -> Tokenizer:
+    """The tokenizer beside a model. Raises UserError that lists where it was looked for."""
+    for folder in place.tokenizers:
+        if (folder / "tokenizer.json").exists():
+            return Tokenizer.load(folder)
+    looked = ", ".join(str(folder / "tokenizer.json") for folder in place.tokenizers)
+    raise UserError(f"{place.weights} has no tokenizer: there is no {looked}")
+
+
+def _checkpoint(folder: Path, run: Path) -> Place:
+    settings = run / "run.toml"
+    if not settings.exists():
+        raise UserError(f"{folder} is a checkpoint, but its run directory has no {settings}")
+    config, _ = resolve(str(settings))
+    named = [Path(config.data.tokenizer)] if config.data.tokenizer else []
+    return Place(folder, run, (run / "tokenizer", *named, run.parent / "tokenizer"))
+
+
+def _newest(run: Path) -> Path:
+    folders = sorted(
+        (f for f in (run / "checkpoints").glob("step-*") if CHECKPOINT.fullmatch(f.name)),
+        key=lambda f: int(f.name.removeprefix("step-")),
+    )
+    whole = [folder for folder in folders if (folder / "manifest.json").exists()]
+    if not whole:
+        raise UserError(f"{run} has neither model/ nor a whole checkpoint in checkpoints/: nothing was saved yet")
+    return whole[-1]
+
+
+def _load_weights(
+    place: Place, device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> Transformer:
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if place.run is None:
+        config = read_config(place.weights)
+        state = iterate_state(place.weights, config, dtype)
+    else:
+        config = resolve(str(place.run / "run.toml"))[0].model
+        state = _checkpoint_state(place.weights, config, dtype)
+    return _build(config, state, torch.device(device))
+
+
+def _build(config: ModelConfig, state: Iterable[tuple[str, torch.Tensor]], device: torch.device) -> Transformer:
+    """The model with its tensors taken over one at a time, without weights that are only made to be overwritten."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    tensors = {name: tensor.to(device) for name, tensor in state}
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.eval()
+
+
+def _checkpoint_state(
+    folder: Path, config: ModelConfig, dtype: torch.dtype | None
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """The tensors of a training checkpoint, once the file agrees with its manifest."""
+    path = folder / "model.safetensors"
+    manifest = read_json(folder / "manifest.json")
+    try:
+        expected = manifest["files"][path.name]["sha256"]
+    except (KeyError, TypeError):
+        raise UserError(f"{folder / 'manifest.json'} gives no checksum of {path.name}") from None
+    if not path.exists():
+        raise UserError(f"{path} is missing; the manifest lists it")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise UserError(f"{path} is damaged: its checksum is {found[:16]}..., the manifest says {expected[:16]}...")
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+    try:
+        with safe_open(path, "pt") as file:
+            held = set(file.keys())
+            if held != set(shapes):
+                odd = sorted(held ^ set(shapes))[0]
+                raise UserError(f"{path} and the run's settings disagree about {odd}")
+            for name, shape in shapes.items():
+                tensor = file.get_tensor(name)
+                if tensor.shape != shape:
+                    raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, run.toml says {tuple(shape)}")
+                keep = name.endswith((".router.bias", ".router.momentum"))
+                yield name, tensor if keep or dtype is None else tensor.to(dtype)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from None

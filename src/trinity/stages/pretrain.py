@@ -1,0 +1,46 @@
+"""Pretraining: the phases of the data mix, a batch ramp, warm-up, stable and decay."""
+
+from pathlib import Path
+
+from trinity.config import RunConfig
+from trinity.data.validation import ValidationRows
+from trinity.optim.schedule import StepPlan
+from trinity.stages.evaluations import beginnings, heldout_evaluation, sample_evaluation
+from trinity.stages.setup import SILENT, StageResult, check_batches, open_shards, open_stage, run_stage
+from trinity.stages.sources import TextSource
+from trinity.train.job import Progress, TrainJob
+from trinity.train.losses import language_model_loss
+
+
+def run(
+    config: RunConfig, run_dir: Path, *, start_from: Path | None = None, progress: Progress = SILENT
+) -> StageResult:
+    """Pretrain from new weights, or go on from those of `start_from`; a started `run_dir` is resumed.
+
+    Raises UserError or UsageError for whatever is missing or does not fit together (`setup.open_stage`, `Loader`).
+    """
+    stage = open_stage("pretrain", config, run_dir, start_from)
+    settings = config.pretrain
+    check_batches(stage, [entry.rows for entry in settings.batch])
+    train_shards, val_shards = open_shards(stage)
+    plan = StepPlan.pretrain(settings)
+    with TextSource(stage, train_shards, settings.phases, plan) as source:
+        job = TrainJob(
+            config=config,
+            stage=stage.name,
+            stage_config=settings,
+            model=stage.model,
+            optimizer=stage.optimizer,
+            source=source,
+            loss=language_model_loss,
+            plan=plan,
+            run_dir=stage.run,
+            evaluations=[
+                heldout_evaluation(stage, ValidationRows(val_shards, settings.seq_len, settings.eval_rows)),
+                sample_evaluation(stage, beginnings(val_shards)),
+            ],
+            describe=source.describe,
+            fingerprints={"tokenizer": stage.tokenizer.fingerprint, "shards": train_shards.fingerprint},
+            progress=progress,
+        )
+        return run_stage(stage, job)

@@ -1,0 +1,166 @@
+"""What every stage does before and after its training loop: device, tokenizer, model, checks, export."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trinity.base import dist
+from trinity.base.errors import UsageError, UserError
+from trinity.base.rundir import RunDir
+from trinity.config import ModelConfig, RunConfig, StageConfig
+from trinity.data.shards import Shards
+from trinity.export.afmoe import export_afmoe
+from trinity.infer.load import load_model
+from trinity.model.transformer import Transformer
+from trinity.optim.optimizer import MuonAdamW, build_optimizer
+from trinity.tokenizer import Tokenizer
+from trinity.train.job import Evaluation, Silent, TrainJob, TrainResult
+from trinity.train.loop import train
+
+# Settings that may differ between a stage and the model that it starts from: where weights began, and how far rows
+# reach.
+_FREE = {"max_positions", "init_scale", "post_norm_gain", "global_every", "layer_types"}
+
+
+SILENT = Silent()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, ready to be given its data."""
+
+    name: str
+    config: RunConfig
+    settings: StageConfig
+    run: RunDir
+    device: torch.device
+    tokenizer: Tokenizer
+    model: Transformer
+    optimizer: MuonAdamW
+
+
+@dataclass(frozen=True)
+class StageResult:
+    train: TrainResult
+    model_dir: Path | None
+    """The export of the final weights; None when the stage was interrupted."""
+
+
+def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | None) -> Stage:
+    """Device, tokenizer, model (new, or of `start_from`: a model or run directory) and optimizer.
+
+    Raises UserError or UsageError for a device that is not there, a tokenizer that is missing or has more entries than
+    the model, a model of another shape, and rows longer than the model's positions.
+    """
+    settings: StageConfig = getattr(config, name)
+    if settings.seq_len > config.model.max_positions:
+        raise UsageError(
+            f"{name}.seq_len = {settings.seq_len} exceeds model.max_positions = {config.model.max_positions}: "
+            "lower the one or raise the other"
+        )
+    if not config.data.tokenizer:
+        raise UsageError("data.tokenizer is not set: name the tokenizer's directory, data.tokenizer=DIR")
+    tokenizer = Tokenizer.load(Path(config.data.tokenizer))
+    tokenizer.check_model_vocab(config.model.vocab_size)
+    device = open_device(config)
+    with device:
+        model = Transformer(config.model, kernels=config.runtime.kernels)
+    if start_from is None:
+        model.init_weights(config.runtime.seed)
+    else:
+        load_weights(model, config.model, start_from)
+    if not config.runtime.master_weights:
+        model.to(getattr(torch, config.runtime.dtype))
+    optimizer = build_optimizer(model, config.model, config.optim)
+    return Stage(name, config, settings, RunDir(run_dir), device, tokenizer, model, optimizer)
+
+
+def open_device(config: RunConfig) -> torch.device:
+    """The device of this process; also sets the number of CPU threads. Raises UsageError when there is no GPU to
+    use."""
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    kind = config.runtime.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("runtime.device = cuda, but no GPU is visible: use runtime.device=cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def load_weights(model: Transformer, config: ModelConfig, start_from: Path) -> None:
+    """Weights and expert biases of a model or run directory. Raises UserError that names the first setting that
+    differs."""
+    found = load_model(start_from, device="cpu", dtype=torch.float32)
+    for key in ModelConfig.model_fields:
+        if key not in _FREE and getattr(found.config, key) != getattr(config, key):
+            raise UserError(
+                f"the model of {start_from} has {key} = {getattr(found.config, key)}, but this run has model.{key} = "
+                f"{getattr(config, key)}: a stage goes on with a model of its own shape"
+            )
+    if found.config.layers != config.layers:
+        raise UserError(f"the model of {start_from} has other local and global layers than this run's model")
+    model.load_state_dict(found.state_dict())
+
+
+def open_shards(stage: Stage) -> tuple[Shards, Shards]:
+    """The training and the held-out shards. Raises UserError when they are missing or made with another tokenizer."""
+    if not stage.config.data.shards:
+        raise UsageError(
+            "data.shards is not set: name the directory that `trinity data prepare` wrote, data.shards=DIR"
+        )
+    directory = Path(stage.config.data.shards)
+    both = Shards.open(directory / "train"), Shards.open(directory / "val")
+    for shards in both:
+        if shards.tokenizer_fingerprint != stage.tokenizer.fingerprint:
+            raise UserError(
+                f"{shards.directory} was made with another tokenizer than {stage.config.data.tokenizer}: "
+                "prepare the shards again or name the tokenizer that made them"
+            )
+    return both
+
+
+def check_batches(stage: Stage, batch_sizes: Iterable[int]) -> None:
+    """Refuse batches that the ranks cannot share. Raises UsageError with sizes that would do."""
+    ranks = dist.world_size()
+    for rows in batch_sizes:
+        if rows % ranks:
+            fits = [size for size in (rows // ranks * ranks, -(-rows // ranks) * ranks) if size]
+            raise UsageError(
+                f"{stage.name}: a batch of {rows} rows cannot be shared by {ranks} ranks; "
+                f"use {' or '.join(map(str, fits))} rows"
+            )
+
+
+def run_stage(stage: Stage, job: TrainJob, before: Sequence[Evaluation] = ()) -> StageResult:
+    """Evaluate `before` the first step, train (or go on where the run was left), export the final weights to
+    RUN/model."""
+    fresh = not stage.run.read_events("start")
+    stage.run.create()
+    if fresh:
+        stage.model.eval()
+        for evaluation in before:
+            with torch.no_grad():
+                outcome = evaluation.run(stage.model, 0)
+            if dist.is_main():
+                for record in outcome.metrics:
+                    stage.run.append_metric({"stage": stage.name, "step": 0, **record})
+                    job.progress.on_metric({"stage": stage.name, "step": 0, **record})
+    result = train(job)
+    if not result.finished:
+        return StageResult(result, None)
+    if dist.is_main():
+        dtype = torch.float32 if stage.config.runtime.dtype == "float32" else torch.bfloat16
+        origin = {"run": stage.config.name, "stage": stage.name, "step": str(result.step)}
+        export_afmoe(
+            stage.model, stage.config.model, stage.tokenizer, stage.run.model, dtype=dtype, origin=origin, force=True
+        )
+    dist.barrier()
+    return StageResult(result, stage.run.model)

@@ -1,0 +1,55 @@
+"""Supervised fine-tuning on conversations: loss on what the assistant wrote, whole conversations packed into rows."""
+
+from pathlib import Path
+
+from trinity.base.errors import UsageError
+from trinity.config import RunConfig
+from trinity.data.chat import ChatRows, is_held_out, read_conversations
+from trinity.optim.schedule import StepPlan
+from trinity.stages.evaluations import first_turn, heldout_evaluation, sample_evaluation
+from trinity.stages.setup import SILENT, StageResult, check_batches, open_stage, run_stage
+from trinity.stages.sources import ChatSource, HeldOutChats
+from trinity.train.job import Progress, TrainJob
+from trinity.train.losses import language_model_loss
+
+
+def run(
+    config: RunConfig, run_dir: Path, *, start_from: Path | None = None, progress: Progress = SILENT
+) -> StageResult:
+    """Tune the model of `start_from` (required for a new run) on `sft.conversations`.
+
+    Raises UserError or UsageError for whatever is missing or does not fit together (`setup.open_stage`, `data.chat`).
+    """
+    settings = config.sft
+    if start_from is None:
+        raise UsageError("sft needs a model to start from: name its run or model directory")
+    if not settings.conversations:
+        raise UsageError('sft.conversations is empty: name files of conversations, sft.conversations=["chats.jsonl"]')
+    stage = open_stage("sft", config, run_dir, start_from)
+    check_batches(stage, [settings.batch_rows])
+    conversations = list(read_conversations(settings.conversations))
+    held_out = [c for c in conversations if is_held_out(c, settings.held_out)]
+    training = [c for c in conversations if not is_held_out(c, settings.held_out)]
+    data = ChatRows(training, stage.tokenizer, settings.seq_len, config.runtime.seed)
+    rows = sum(len(data.plan(epoch)) for epoch in range(settings.epochs))
+    plan = StepPlan.constant(settings, "sft", -(-rows // settings.batch_rows), settings.batch_rows)
+    evaluations = []
+    if held_out:
+        chats = HeldOutChats(ChatRows(held_out, stage.tokenizer, settings.seq_len), settings.eval_rows)
+        prompts = [first_turn(stage.tokenizer, conversation) for conversation in held_out[:4]]
+        evaluations = [heldout_evaluation(stage, chats), sample_evaluation(stage, prompts)]
+    job = TrainJob(
+        config=config,
+        stage=stage.name,
+        stage_config=settings,
+        model=stage.model,
+        optimizer=stage.optimizer,
+        source=ChatSource(stage, data, plan, settings.epochs),
+        loss=language_model_loss,
+        plan=plan,
+        run_dir=stage.run,
+        evaluations=evaluations,
+        fingerprints={"tokenizer": stage.tokenizer.fingerprint, "conversations": data.fingerprint},
+        progress=progress,
+    )
+    return run_stage(stage, job, before=evaluations[:1])

@@ -1,0 +1,232 @@
+"""The engine: cached decoding equals the full forward pass, whatever the lengths, chunks and batches."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from trinity.base.errors import UserError
+from trinity.config import ModelConfig
+from trinity.infer.attention import Chunk, Step
+from trinity.infer.cache import Cache
+from trinity.infer.engine import Engine
+from trinity.infer.forward import forward
+from trinity.infer.load import load_model
+from trinity.infer.sampling import SamplingParams
+from trinity.model.transformer import Transformer
+
+GOLDEN = Path(__file__).parent / "golden"
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Transformer]:
+    return {name: load_model(GOLDEN / name) for name in "AB"}
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item()))
+
+
+def tokens(count: int, vocab: int, seed: int = 0) -> list[int]:
+    return torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_greedy_tokens_and_step_logits_equal_the_golden_data(models: dict[str, Transformer], name: str) -> None:
+    golden = load_file(GOLDEN / name / "golden.safetensors")
+    model, prompt, expected = models[name], golden["gen.prompt"][0].tolist(), golden["gen.tokens"][0].tolist()
+    params = SamplingParams(temperature=0.0, max_new_tokens=32)
+    (completion,) = Engine(model, block=4, prefill_chunk=5).generate([prompt], params)
+    assert completion.tokens == expected
+    assert completion.finish == "length"
+    cache = Cache(model.config, 1, device=torch.device("cpu"), dtype=torch.float32, block=4)
+    fed = prompt
+    with torch.no_grad():
+        for step_logits, token in zip(golden["gen.step_logits"], expected, strict=True):
+            step = Step(cache, [Chunk(0, fed)], model.config.window, torch.device("cpu"))
+            logits = model.head(forward(model, step)[0][-1])
+            step.commit()
+            assert close(logits, step_logits)
+            fed = [token]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_schedule_of_chunks_equals_the_full_forward(models: dict[str, Transformer], data: st.DataObject) -> None:
+    """Ragged batches of prompts shorter and far longer than the window, cut anywhere, decoded in any company."""
+    model = models[data.draw(st.sampled_from("AB"))]
+    config = model.config
+    count = data.draw(st.integers(1, 4))
+    lengths = data.draw(st.lists(st.integers(1, 5 * config.window), min_size=count, max_size=count))
+    block = data.draw(st.sampled_from([1, 3, 8, 64]))
+    rows = [tokens(length, config.vocab_size, seed) for seed, length in enumerate(lengths)]
+    cache = Cache(config, count, device=torch.device("cpu"), dtype=torch.float32, block=block)
+    found: list[list[torch.Tensor]] = [[] for _ in rows]
+    with torch.no_grad():
+        while any(cache.lengths[slot] < len(row) for slot, row in enumerate(rows)):
+            open_slots = [slot for slot, row in enumerate(rows) if cache.lengths[slot] < len(row)]
+            slots = data.draw(st.lists(st.sampled_from(open_slots), min_size=1, unique=True))
+            single = data.draw(st.booleans())
+            chunks = []
+            for slot in slots:
+                start = cache.lengths[slot]
+                size = 1 if single else data.draw(st.integers(1, len(rows[slot]) - start))
+                chunks.append(Chunk(slot, rows[slot][start : start + size]))
+            step = Step(cache, chunks, config.window, torch.device("cpu"))
+            x_ND, _ = forward(model, step)
+            step.commit()
+            for chunk, part in zip(chunks, x_ND.split([len(chunk.tokens) for chunk in chunks]), strict=True):
+                found[chunk.slot].append(model.head(part))
+            rounded = sum(config.kv_cache_bytes(-(-n // block) * block, bytes_per_value=4) for n in cache.lengths)
+            local = config.layers.count("local") * 2 * config.num_kv_heads * config.head_dim * 4
+            assert rounded <= cache.used_bytes <= rounded + count * block * local
+        for row, parts in zip(rows, found, strict=True):
+            assert close(torch.cat(parts), model(torch.tensor([row]))[0])
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_batches_with_continuous_admission_equal_generation_alone(
+    models: dict[str, Transformer], data: st.DataObject
+) -> None:
+    model = models[data.draw(st.sampled_from("AB"))]
+    lengths = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=6))
+    prompts = [tokens(length, model.config.vocab_size, seed) for seed, length in enumerate(lengths)]
+    params = [
+        SamplingParams(
+            max_new_tokens=data.draw(st.integers(1, 12)), temperature=data.draw(st.sampled_from([0.0, 1.0])), seed=seed
+        )
+        for seed in range(len(prompts))
+    ]
+    engine = Engine(
+        model,
+        max_batch=data.draw(st.integers(1, 3)),
+        max_tokens=data.draw(st.sampled_from([None, 80])),
+        prefill_chunk=data.draw(st.sampled_from([3, 16, 100])),
+        block=data.draw(st.sampled_from([2, 16])),
+    )
+    together = engine.generate(prompts, params)
+    assert engine.cache.used_bytes == 0
+    assert engine.num_running == engine.num_waiting == 0
+    for prompt, own, completion in zip(prompts, params, together, strict=True):
+        (alone,) = Engine(model).generate([prompt], [own])
+        assert completion.tokens == alone.tokens
+        assert len(completion.tokens) == own.max_new_tokens
+        with torch.no_grad():
+            whole = torch.tensor([prompt + completion.tokens])
+            logprobs = model(whole)[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = logprobs.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
+        assert torch.tensor(completion.logprobs) == pytest.approx(expected.numpy(), abs=2e-5)
+
+
+def test_chosen_experts_are_those_of_the_full_forward(models: dict[str, Transformer]) -> None:
+    golden = load_file(GOLDEN / "B" / "golden.safetensors")
+    model, row = models["B"], golden["input_ids"][0].tolist()
+    engine = Engine(model, return_experts=True, prefill_chunk=7)
+    (completion,) = engine.generate([row], GREEDY)
+    assert completion.experts is not None
+    assert completion.experts.shape == (len(row) + 11, model.config.num_moe_layers, 4)
+    assert completion.experts.dtype == np.int16
+    for layer in range(model.config.num_moe_layers):
+        expected = golden[f"router.{layer + 1}.experts"][: len(row)]
+        assert np.array_equal(completion.experts[: len(row), layer], expected.numpy())
+
+
+def test_stop_tokens_and_lengths(models: dict[str, Transformer]) -> None:
+    model = models["A"]
+    prompt = tokens(9, model.config.vocab_size)
+    (free,) = Engine(model).generate([prompt], GREEDY)
+    stop = free.tokens[4]
+    params = SamplingParams(temperature=0.0, max_new_tokens=12, stop_ids=(stop,))
+    (stopped,) = Engine(model).generate([prompt], params)
+    assert stopped.tokens == free.tokens[: free.tokens.index(stop) + 1]
+    assert stopped.finish == "stop"
+    long = tokens(model.config.max_positions - 3, model.config.vocab_size)
+    (cut,) = Engine(model).generate([long], GREEDY)
+    assert len(cut.tokens) == 3
+    assert cut.finish == "length"
+
+
+def test_what_cannot_be_generated_is_refused_and_leaves_the_engine_empty(models: dict[str, Transformer]) -> None:
+    model = models["A"]
+    engine = Engine(model, max_tokens=40)
+    good = tokens(5, model.config.vocab_size)
+    for bad, words in (
+        ([], "empty"),
+        ([model.config.vocab_size], "outside the vocabulary"),
+        ([0] * model.config.max_positions, "no room"),
+        ([0] * 35, "max_tokens"),
+    ):
+        with pytest.raises(UserError, match=words):
+            engine.generate([good, bad], GREEDY)
+        assert engine.num_running == engine.num_waiting == 0
+    with pytest.raises(UserError, match="tokenizer"):
+        engine.submit(good, SamplingParams(stop=("x",)))
+
+
+def test_cancelling_frees_the_slot_and_keeps_the_answer(models: dict[str, Transformer]) -> None:
+    engine = Engine(models["A"], max_batch=1)
+    first, second = (engine.submit(tokens(4, 512, seed), GREEDY) for seed in (1, 2))
+    while len(first.completion.tokens) < 3:
+        engine.step()
+    engine.cancel(first)
+    assert first.completion.finish == "cancelled"
+    assert len(first.completion.tokens) == 3
+    while not second.done:
+        engine.step()
+    assert len(second.completion.tokens) == 12
+    assert engine.cache.used_bytes == 0
+
+
+def test_the_engine_uses_the_models_own_weights_and_restores_its_mode(models: dict[str, Transformer]) -> None:
+    model = Transformer(models["B"].config)
+    model.load_state_dict(models["B"].state_dict())
+    model.train()
+    engine = Engine(model)
+    prompt = tokens(6, 320)
+    (before,) = engine.generate([prompt], GREEDY)
+    assert model.training
+    assert all(not isinstance(p.grad, torch.Tensor) for p in model.parameters())
+    with torch.no_grad():
+        model.head.weight.mul_(-1)
+    (after,) = engine.generate([prompt], GREEDY)
+    assert before.tokens != after.tokens
+
+
+@pytest.mark.parametrize("window", [4, 100])
+@pytest.mark.parametrize("k", [1, 3])
+def test_other_shapes(window: int, k: int) -> None:
+    """Explicit layer kinds, no embedding scale, top-1, a window longer than the sequence, no shared expert."""
+    config = ModelConfig(
+        vocab_size=96,
+        num_layers=4,
+        num_dense_layers=0,
+        dim=24,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=10,
+        ffn_dim=16,
+        expert_dim=8,
+        num_experts=6,
+        experts_per_token=k,
+        num_shared_experts=0,
+        window=window,
+        layer_types=("global", "local", "local", "global"),
+        max_positions=64,
+        embed_scale=False,
+    )
+    model = Transformer(config)
+    model.init_weights(0)
+    prompt = tokens(20, 96)
+    (completion,) = Engine(model, prefill_chunk=6, block=4).generate([prompt], GREEDY)
+    row = list(prompt)
+    with torch.no_grad():
+        for token in completion.tokens:
+            logits = model(torch.tensor([row]))[0, -1]
+            assert logits[token] >= logits.max() - 1e-5
+            row.append(token)

@@ -1,0 +1,246 @@
+"""Preparing shards: the same result whatever the workers and kills, and every mistake named."""
+
+import gzip
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prepare_fakes import ByteTokenizer
+from trinity.base.errors import UserError
+from trinity.data.prepare import Prepared, Progress, prepare
+from trinity.data.shards import Shards
+
+TOKENIZER = ByteTokenizer()
+
+
+def corpus(folder: Path, documents: int = 120, seed: int = 0) -> Path:
+    """jsonl, jsonl.gz, text and code, with duplicates across files and some documents to drop."""
+    rng = np.random.default_rng(seed)
+    texts = [" ".join(map(str, rng.integers(0, 10**6, rng.integers(1, 200)))) for _ in range(documents)]
+    folder.mkdir()
+    lines = [json.dumps({"text": text, "domain": ("prose", "math")[i % 2], "id": i}) for i, text in enumerate(texts)]
+    (folder / "a.jsonl").write_text("\n".join([*lines, '{"text": ""}', "no json", lines[3]]))
+    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines[:20] + [json.dumps({"text": f"only here {i}"}) for i in range(20)]) + "\n")
+    (folder / "c.txt").write_text(texts[0] + "\n")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "d.py").write_text("print('hello')\n" * 3)
+    (folder / "sub" / "picture.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+def everything(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def run(inputs: Path, out: Path, **changes: object) -> Prepared:
+    return prepare([inputs], TOKENIZER, out, **{"unit_bytes": 4000, "val_fraction": 0.2, **changes})  # type: ignore[arg-type]
+
+
+def test_documents_arrive_once_and_whole(tmp_path):
+    steps: list[Progress] = []
+    done = run(corpus(tmp_path / "in"), tmp_path / "out", progress=steps.append)
+    train, val = (Shards.open(tmp_path / "out" / split) for split in ("train", "val"))
+    for shards in (train, val):
+        shards.verify()
+        assert shards.tokenizer_fingerprint == TOKENIZER.fingerprint
+        assert all(shards.tokens(doc)[-1] == TOKENIZER.eos_id for doc in range(shards.num_documents))
+    texts = [TOKENIZER.decode(s.tokens(doc).tolist()) for s in (train, val) for doc in range(s.num_documents)]
+    expected = {json.loads(line)["text"] for line in (tmp_path / "in/a.jsonl").read_text().splitlines()[:120]}
+    expected |= {f"only here {i}" for i in range(20)} | {(tmp_path / "in/c.txt").read_text(), "print('hello')\n" * 3}
+    assert len(texts) == len(set(texts))
+    assert set(texts) == expected
+    assert 0.08 < val.num_documents / len(texts) < 0.35
+    assert done.dropped == {"duplicate": 21, "empty": 1, "not JSON": 1}
+    assert "a.jsonl" in done.examples["not JSON"][0]
+    assert done.passed_over == 1
+    assert train.domains == ["code", "math", "prose", "text"]
+    assert train.describe(0)["source"] == "in/a.jsonl"
+    assert {step.step for step in steps} == {"scan", "encode"}
+    assert steps[-1].units_done == steps[-1].units
+    assert steps[-1].tokens == train.num_tokens + val.num_tokens
+    assert not (tmp_path / "out/.work").exists()
+
+
+def test_of_duplicates_the_first_in_the_inputs_order_stays(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.txt").write_text("the same text")
+    prepare([tmp_path / "b.txt", tmp_path / "a.txt"], TOKENIZER, tmp_path / "out", val_fraction=0.0)
+    assert Shards.open(tmp_path / "out/train").describe(0)["source"] == "b.txt"
+
+
+def test_one_and_two_workers_write_the_same_bytes(tmp_path):
+    inputs = corpus(tmp_path / "in")
+    one, two = run(inputs, tmp_path / "one"), run(inputs, tmp_path / "two", workers=2)
+    assert one.fingerprint == two.fingerprint
+    assert everything(tmp_path / "one") == everything(tmp_path / "two")
+
+
+def test_the_fingerprint_knows_neither_units_nor_places(tmp_path):
+    one = run(corpus(tmp_path / "in"), tmp_path / "one")
+    (tmp_path / "elsewhere").mkdir()
+    other = run(corpus(tmp_path / "elsewhere" / "in"), tmp_path / "two", unit_bytes=10**6)
+    changed = run(corpus(tmp_path / "new", seed=1), tmp_path / "three")
+    assert one.fingerprint == other.fingerprint != changed.fingerprint
+
+
+def test_long_documents_are_tokenized_in_pieces_that_join(tmp_path):
+    text = "".join(f"line {i} of a long book\n" for i in range(130_000))
+    (tmp_path / "book.txt").write_text(text)
+
+    class Watched(ByteTokenizer):
+        longest = 0
+
+        def encode_batch(self, texts):
+            Watched.longest = max(Watched.longest, sum(map(len, texts)))
+            return super().encode_batch(texts)
+
+    prepare([tmp_path / "book.txt"], Watched(), tmp_path / "out", val_fraction=0.0)
+    shards = Shards.open(tmp_path / "out/train")
+    assert shards.num_documents == 1
+    assert TOKENIZER.decode(shards.tokens(0).tolist()) == text
+    assert Watched.longest <= 2 << 20
+
+
+def test_the_same_call_again_returns_what_is_there(tmp_path):
+    inputs = corpus(tmp_path / "in")
+    first = run(inputs, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert run(inputs, tmp_path / "out", workers=2) == first
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+
+def test_another_result_in_the_same_place_needs_force(tmp_path):
+    inputs, out = corpus(tmp_path / "in"), tmp_path / "out"
+    first = run(inputs, out)
+    with pytest.raises(UserError, match="min_chars = 1 and not 50"):
+        run(inputs, out, min_chars=50)
+    with pytest.raises(UserError, match="made differently: by the tokenizer"):
+        prepare([inputs], ByteTokenizer(vocab_size=300), out, unit_bytes=4000, val_fraction=0.2)
+    with pytest.raises(UserError, match=r"without the input .*c.txt=poems"):
+        prepare([f"{inputs / 'c.txt'}=poems"], TOKENIZER, out, unit_bytes=4000, val_fraction=0.2)
+    (inputs / "c.txt").write_text("changed")
+    with pytest.raises(UserError, match=r"before .*c.txt was changed"):
+        run(inputs, out)
+    assert run(inputs, out, force=True).fingerprint != first.fingerprint
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path):
+    inputs = corpus(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    for force in (False, True):
+        with pytest.raises(UserError, match=r"holds thesis\.tex"):
+            run(inputs, tmp_path / "out", force=force)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+
+
+def test_one_process_at_a_time(tmp_path):
+    inputs, out = corpus(tmp_path / "in"), tmp_path / "out"
+    clashes = []
+
+    def again(_: Progress) -> None:
+        with pytest.raises(UserError, match="another process is preparing") as error:
+            run(inputs, out)
+        clashes.append(error)
+
+    run(inputs, out, progress=again)
+    assert clashes
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\nbroken\n')
+    with pytest.raises(UserError, match=r"no document is left .*not JSON 1, too short 1"):
+        prepare([tmp_path / "a.jsonl"], TOKENIZER, tmp_path / "out", min_chars=5)
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_what_is_done(tmp_path, monkeypatch):
+    inputs = corpus(tmp_path / "in")
+    whole = run(inputs, tmp_path / "whole")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (inputs / "e.txt").write_text(" ".join(map(str, range(20_000))))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+        with pytest.raises(UserError, match=r"the disk is full: .*tokens-\d+.bin was not written"):
+            run(inputs, tmp_path / "out", val_fraction=0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    kept = list((tmp_path / "out/.work/train").glob("*.npz"))
+    assert kept
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    steps: list[Progress] = []
+    run(inputs, tmp_path / "out", val_fraction=0.0, progress=steps.append)
+    assert next(step for step in steps if step.step == "encode").units_done == len(kept) + 1
+    assert whole.fingerprint
+
+
+def test_a_file_that_changes_between_the_passes_is_noticed(tmp_path):
+    inputs = corpus(tmp_path / "in")
+
+    def change(progress: Progress) -> None:
+        if progress.step == "scan" and progress.units_done == progress.units:
+            path = inputs / "a.jsonl"
+            path.write_text(path.read_text().replace("1", "2"))
+
+    with pytest.raises(UserError, match="changed while it was being prepared"):
+        run(inputs, tmp_path / "out", progress=change)
+
+
+SLOW = textwrap.dedent(
+    """
+    import sys, time
+    from prepare_fakes import ByteTokenizer
+    from trinity.data.prepare import prepare
+
+    class Slow(ByteTokenizer):
+        def encode_batch(self, texts):
+            time.sleep(0.02)
+            return super().encode_batch(texts)
+
+    if __name__ == "__main__":
+        print("begun", flush=True)
+        prepare([sys.argv[1]], Slow(), sys.argv[2], unit_bytes=2000, val_fraction=0.2, workers=int(sys.argv[3]))
+    """
+)
+
+
+def killed(tmp_path: Path, times: int, workers: int, seed: int) -> None:
+    inputs = corpus(tmp_path / "in")
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    whole = run(inputs, tmp_path / "whole", unit_bytes=2000)
+    rng = np.random.default_rng(seed)
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    kills = 0
+    for _ in range(times):
+        command = [sys.executable, str(script), str(inputs), str(tmp_path / "out"), str(workers)]
+        child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"begun\n"
+        time.sleep(rng.uniform(0.0, 0.5 if workers == 1 else 1.0))
+        child.send_signal(signal.SIGKILL)
+        child.stdout.close()
+        kills += child.wait() == -signal.SIGKILL
+    assert kills
+    last = run(inputs, tmp_path / "out", unit_bytes=2000)
+    assert last.fingerprint == whole.fingerprint
+    assert {k: v for k, v in everything(tmp_path / "out").items()} == everything(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kills_do_not_change_the_result(tmp_path, workers):
+    killed(tmp_path, 3, workers, seed=workers)
+
+
+@pytest.mark.slow
+def test_many_kills_do_not_change_the_result(tmp_path):
+    killed(tmp_path, 20, 2, seed=7)

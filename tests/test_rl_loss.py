@@ -1,0 +1,102 @@
+"""The policy loss and its advantages, against a plain float64 reference written from the formula."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trinity.rl.loss import group_advantages, informative, policy_loss
+from trinity.rl.rewards import exact_integer, read_integer
+
+
+def reference(new, old, sampler, advantages, low, high, max_weight):
+    """The loss and its derivative with respect to each new log-probability, one token at a time."""
+    loss, grads = 0.0, []
+    for n, o, s, a in zip(new, old, sampler, advantages, strict=True):
+        weight = min(math.exp(o - s), max_weight)
+        ratio = math.exp(n - o)
+        clipped = min(max(ratio, 1 - low), 1 + high)
+        loss -= weight * min(ratio * a, clipped * a)
+        grads.append(-weight * ratio * a if ratio * a <= clipped * a else 0.0)
+    return loss, grads
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), low=st.floats(0.05, 0.5), high=st.floats(0.05, 0.5))
+def test_loss_and_gradient_equal_the_formula(seed, low, high):
+    generator = torch.Generator().manual_seed(seed)
+    new, old, sampler, advantages = torch.randn(4, 20, generator=generator, dtype=torch.float64)
+    sampler = old + 0.5 * sampler
+    new = (old + 0.4 * new).requires_grad_()
+    result = policy_loss(new, old, sampler, advantages, clip_low=low, clip_high=high)
+    result.sum.backward()
+    loss, grads = reference(new.tolist(), old.tolist(), sampler.tolist(), advantages.tolist(), low, high, 2.0)
+    assert result.sum.item() == pytest.approx(loss, rel=1e-12)
+    torch.testing.assert_close(new.grad, torch.tensor(grads, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_on_policy_the_gradient_is_plain_reinforce():
+    logprobs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    advantages = torch.tensor([1.0, -0.5, 0.25])
+    result = policy_loss(logprobs, logprobs.detach(), logprobs.detach(), advantages, clip_low=0.2, clip_high=0.28)
+    result.sum.backward()
+    torch.testing.assert_close(logprobs.grad, -advantages)
+    assert result.clipped_tokens == 0
+    assert result.gap_sum == 0
+
+
+def test_the_clip_holds_back_only_moves_beyond_it_in_the_advantage_s_direction():
+    old = torch.zeros(4)
+    new = torch.tensor([0.5, 0.5, -0.5, -0.5]).requires_grad_()  # ratios 1.65 and 0.61
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    result = policy_loss(new, old, old, advantages, clip_low=0.2, clip_high=0.28)
+    result.sum.backward()
+    assert new.grad is not None
+    assert (new.grad != 0).tolist() == [False, True, True, False]
+    assert result.clipped_tokens == 2
+
+
+def test_importance_weights_are_truncated_and_carry_no_gradient():
+    sampler = torch.tensor([-3.0, 0.0])
+    new = torch.tensor([-1.0, -1.0], requires_grad=True)
+    policy_loss(new, new.detach(), sampler, torch.ones(2), clip_low=0.2, clip_high=0.28).sum.backward()
+    torch.testing.assert_close(new.grad, torch.tensor([-2.0, -math.exp(-1)]))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.1, 1.0]), min_size=4, max_size=4), min_size=1, max_size=6))
+def test_advantages_are_standardised_in_each_group_and_zero_without_variance(rewards):
+    advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64))
+    for group, row, useful in zip(rewards, advantages, informative(torch.tensor(rewards)), strict=True):
+        assert useful.item() == (len(set(group)) > 1)
+        assert row.sum().item() == pytest.approx(0, abs=1e-9)
+        assert (row**2).mean().item() == pytest.approx(1.0 if useful else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (" 12", 12),
+        ("12.", 12),
+        ("-3", -3),
+        ("\N{MINUS SIGN}3", -3),
+        ("+07\n", 7),
+        ("12 apples", None),
+        ("1.5", None),
+        ("", None),
+        ("-", None),
+        ("\N{ARABIC-INDIC DIGIT THREE}", None),
+        ("9" * 5000, None),
+    ],
+)
+def test_an_answer_is_one_integer_and_nothing_else(text, number):
+    assert read_integer(text) == number
+
+
+def test_rewards():
+    assert exact_integer(" 12", 12, finished=True) == 1.0
+    assert exact_integer(" 13", 12, finished=True) == 0.1
+    assert exact_integer("twelve", 12, finished=True) == 0.0
+    assert exact_integer(" 12", 12, finished=False) == 0.0
