@@ -41,6 +41,7 @@ class Page {
   draw() { for (const part of [...this.charts, ...this.panels]) part.draw(); }
 }
 
+const decode = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 const isDark = () => {
   const theme = document.documentElement.dataset.theme;
   return theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
@@ -74,7 +75,7 @@ class LoadPanel {
     }
     if (this.load !== load) {
       this.load = load;
-      load.bytes ??= Uint8Array.from(atob(load.data), (c) => c.charCodeAt(0));
+      load.bytes ??= decode(load.data);
       this.time = load.steps.length - 1;
       this.layer = Math.min(this.layer, load.layers - 1);
     }
@@ -168,20 +169,20 @@ class HeatPanel {
     this.select.replaceChildren(...heats.map((h) => el("option", {}, h.title)));
     const heat = heats.find((h) => h.title === this.title) ?? heats[0];
     this.select.value = heat.title;
-    const first = stage.load?.first ?? 0, rows = heat.rows.length, columns = heat.x.length;
-    const flat = heat.rows.flat().filter((v) => v !== null);
-    let lo = Infinity, hi = -Infinity;
-    for (const v of flat) { lo = Math.min(lo, v); hi = Math.max(hi, v); }
+    const first = stage.load?.first ?? 0, rows = heat.rows, columns = heat.x.length, lo = heat.low, hi = heat.high;
+    const bytes = heat.bytes ??= decode(heat.data);
     const canvas = el("canvas", { role: "img", "aria-label": `${heat.title} by layer over time, from ${format(lo)} to ${format(hi)}` });
     canvas.style.height = `${clamp(rows * 16, 90, 340)}px`;
     const none = isDark() ? [35, 39, 45] : [239, 237, 232], anchors = valueRamp();
-    paint(canvas, rows, columns, (r, c) => (heat.rows[r][c] === null ? none : ramp(anchors, hi > lo ? (heat.rows[r][c] - lo) / (hi - lo) : 0.5)));
+    paint(canvas, rows, columns, (r, c) => (bytes[r * columns + c] === 0 ? none : ramp(anchors, (bytes[r * columns + c] - 1) / 254)));
     const readout = el("p", { class: "readout" }), bar = el("canvas", { "aria-hidden": "true" });
     paint(bar, 1, 128, (_, c) => ramp(anchors, c / 127));
     canvas.onpointermove = (e) => {
       const r = canvas.getBoundingClientRect();
       const row = clamp(Math.floor((e.clientY - r.top) / r.height * rows), 0, rows - 1), c = clamp(Math.floor((e.clientX - r.left) / r.width * columns), 0, columns - 1);
-      readout.textContent = `step ${heat.x[c].toLocaleString("en")}, layer ${row + first}: ${format(heat.rows[row][c])}`;
+      const v = bytes[row * columns + c];
+      const value = v === 0 ? "no value" : `about ${format(+(lo + (hi - lo) * (v - 1) / 254).toPrecision(3))}`;
+      readout.textContent = `step ${heat.x[c].toLocaleString("en")}, layer ${row + first}: ${value}`;
       this.page.setCursor(stage, heat.x[c]);
     };
     canvas.onpointerleave = () => this.page.setCursor(stage, null);

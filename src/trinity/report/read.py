@@ -31,7 +31,7 @@ SCALARS = """
 """.split()  # noqa: SIM905
 LAYERED = "max_vio_layers dead_experts load_entropy bias_min bias_max bias_norm router_min router_max".split()  # noqa: SIM905
 
-LOAD_CELLS = 600_000
+LOAD_CELLS = 450_000
 """Expert-load values of a whole page at most, one byte each."""
 MAX_EVENTS = 4000
 MAX_SAMPLES = 400
@@ -167,9 +167,9 @@ class _Builder:
             if not self.phases or self.phases[-1][1] != phase:
                 self.phases.append((step, phase))
         for name in LAYERED:
-            row = record.get(name)
-            if isinstance(row, list) and row:
-                self.stage.layers.setdefault(name, Folded()).add(step, [_number(v) for v in row])
+            row_L = _row(record.get(name))
+            if row_L is not None:
+                self.stage.layers.setdefault(name, Folded()).add(step, row_L)
         load = record.get("load")
         if isinstance(load, list) and load:
             self._load(step, load)
@@ -268,3 +268,14 @@ def _append(records: list[dict[str, Any]], record: dict[str, Any], most: int) ->
 
 def _number(value: Any) -> float:
     return float(value) if is_number(value) else math.nan
+
+
+def _row(value: Any) -> np.ndarray | None:
+    """A list of numbers as float64, NaN for what is none; None for anything else."""
+    if not isinstance(value, list) or not value:
+        return None
+    try:
+        row = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return np.where(np.isfinite(row), row, np.nan) if row.ndim == 1 else None

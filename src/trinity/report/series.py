@@ -9,9 +9,9 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-POINTS = 600
+POINTS = 480
 """Points of one curve on the page; about one for each two pixels of the widest chart."""
-COLUMNS = 160
+COLUMNS = 100
 """Columns of a heat map over time."""
 
 
@@ -108,9 +108,8 @@ class Folded:
         self.fold = 1
         self._groups: list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]] = []  # last step, rows, sum, min, max
 
-    def add(self, step: int, row: Sequence[float | None]) -> None:
-        """Append a row; rows of a step that comes again (a rollback) are dropped first."""
-        values = np.array([np.nan if v is None else v for v in row], dtype=np.float64)
+    def add(self, step: int, values: np.ndarray) -> None:
+        """Append a row, float64 with NaN for gaps; rows of a step that comes again (a rollback) are dropped first."""
         while self._groups and self._groups[-1][0] >= step:
             self._groups.pop()
         if self._groups and self._groups[-1][2].size != values.size:

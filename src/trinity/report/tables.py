@@ -252,7 +252,7 @@ def _defaults(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 
 
 def _detail(fields: dict[str, Any]) -> str:
-    text = "  ".join(f"{k.replace('_', ' ')}: {_text(v)}" for k, v in fields.items() if k != "environment")
+    text = " · ".join(f"{k.replace('_', ' ')}: {_text(v)}" for k, v in fields.items() if k != "environment")
     return redact(text if len(text) <= 600 else text[:600] + " …")
 
 
