@@ -103,9 +103,7 @@ class Engine:
         self._device = model.embed.weight.device
         self._max_tokens = max_tokens or max_batch * self.config.max_positions
         self._prefill_chunk = prefill_chunk
-        self.cache = Cache(
-            self.config, max_batch, device=self._device, dtype=model.embed.weight.dtype, block=block
-        )
+        self.cache = Cache(self.config, max_batch, device=self._device, dtype=model.embed.weight.dtype, block=block)
         self._free_slots = list(range(max_batch - 1, -1, -1))
         self._waiting: deque[Request] = deque()
         self._prefilling: list[Request] = []
