@@ -46,7 +46,9 @@ def build(dtype: torch.dtype) -> tuple[nn.Module, Transformer, ModelConfig]:
     torch.manual_seed(0)
     theirs = AfmoeForCausalLM(AfmoeConfig(**SHAPE))
     for name, parameter in theirs.named_parameters():
-        if name.endswith("router.gate.weight"):  # zero in transformers' initialisation: every token would pick the same experts
+        if name.endswith(
+            "router.gate.weight"
+        ):  # zero in transformers' initialisation: every token would pick the same experts
             nn.init.normal_(parameter, std=0.02)
     config = model_config(theirs.config.to_dict())
     ours = Transformer(config)

@@ -148,7 +148,9 @@ class Transformer(nn.Module):
                 stats.append(layer_stats)
         return Features(self.norm(x_BTD), self._gather(stats))
 
-    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None, positions_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, segments_BT: Tensor | None = None, positions_BT: Tensor | None = None
+    ) -> Tensor:
         """Logits [B, T, V] in the model's type."""
         return self.head(self.features(tokens_BT, segments_BT, positions_BT).x_BTD)
 

@@ -77,6 +77,13 @@ def token_logprobs(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, chunk_to
     return _TokenLogprobs.apply(x_ND, head_VD, targets_N, chunk_tokens)
 
 
+def _chunk_size(chunk_tokens: int, head_VD: Tensor) -> int:
+    """Tokens of a chunk: on a CPU at most what keeps its fp32 logits near 8 MB, so that the passes over them stay in the cache."""
+    if head_VD.device.type == "cpu":
+        return min(chunk_tokens, max(64, 2**21 // head_VD.shape[0]))
+    return chunk_tokens
+
+
 def _logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
     """fp32 logits of a chunk. A GPU multiplies bfloat16 and keeps the sums in fp32; rounding logits to 8 bits costs accuracy."""
     if x_CD.dtype == torch.float32:
@@ -88,14 +95,11 @@ def _logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
     return (x_CD @ head_VD.t()).float()
 
 
-def _softmax_(logits_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(probabilities, logsumexp, maximum) of each row.
-
-    logsumexp = max - log(p of the maximum), which never underflows: that probability is at least 1 / V.
-    """
-    top_C, argmax_C = logits_CV.max(dim=-1)
-    p_CV = torch.softmax(logits_CV, dim=-1)
-    return p_CV, top_C - p_CV.gather(1, argmax_C[:, None])[:, 0].log(), top_C
+def _exponentials_(logits_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of exponentials, logsumexp, maximum) of each row; `logits_CV` becomes exp(logits - maximum)."""
+    top_C = logits_CV.amax(dim=-1)
+    sum_C = logits_CV.sub_(top_C[:, None]).exp_().sum(dim=-1)
+    return sum_C, top_C + sum_C.log(), top_C
 
 
 def _chunk_gradients(
@@ -125,6 +129,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         needs_x, needs_head = ctx.needs_input_grad[:2]
         d_x_ND = torch.empty_like(x_ND) if needs_x else None
         d_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if needs_head else None
+        chunk_tokens = _chunk_size(chunk_tokens, head_VD)
         ce_sum, z_sum = x_ND.new_zeros(2, dtype=torch.float32).unbind()
         logit_max = x_ND.new_full((), float("-inf"), dtype=torch.float32)
         keep_N = targets_N != IGNORE
@@ -134,15 +139,15 @@ class _FusedCrossEntropy(torch.autograd.Function):
             x_CD, keep_C, target_C = x_ND[chunk], keep_N[chunk].float(), safe_N[chunk]
             logits_CV = _logits(x_CD, head_VD)
             picked_C = logits_CV.gather(1, target_C[:, None])[:, 0]
-            p_CV, lse_C, top_C = _softmax_(logits_CV)
+            sum_C, lse_C, top_C = _exponentials_(logits_CV)
             ce_sum = ce_sum + ((lse_C - picked_C) * keep_C).sum()
             z_sum = z_sum + (lse_C.square() * keep_C).sum() * z_loss
             logit_max = torch.maximum(logit_max, top_C.where(keep_N[chunk], float("-inf")).max())
             if needs_x or needs_head:
                 # d/dlogits of lse - logits[target] + z * lse^2
-                p_CV.mul_((keep_C * (1 + 2 * z_loss * lse_C))[:, None])
-                _subtract_targets(p_CV, target_C, keep_C)
-                _chunk_gradients(p_CV, x_CD, head_VD, None if d_x_ND is None else d_x_ND[chunk], d_head_VD)
+                d_logits_CV = logits_CV.mul_((keep_C * (1 + 2 * z_loss * lse_C) / sum_C)[:, None])
+                _subtract_targets(d_logits_CV, target_C, keep_C)
+                _chunk_gradients(d_logits_CV, x_CD, head_VD, None if d_x_ND is None else d_x_ND[chunk], d_head_VD)
         num_tokens = keep_N.sum()
         # The mean logit is linear in the features: no pass over the logits.
         kept_D = (x_ND * keep_N[:, None]).sum(dim=0, dtype=torch.float32)
@@ -158,20 +163,15 @@ class _FusedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss: Tensor, *_: Tensor):
         d_x_ND, d_head_VD = ctx.saved_tensors
-        return (
-            None if d_x_ND is None else d_x_ND * d_loss.to(d_x_ND.dtype),
-            None if d_head_VD is None else d_head_VD * d_loss.to(d_head_VD.dtype),
-            None,
-            None,
-            None,
-        )
+        d_x_ND, d_head_VD = (None if d is None else d * d_loss.to(d.dtype) for d in (d_x_ND, d_head_VD))
+        return d_x_ND, d_head_VD, None, None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk_tokens: int) -> Tensor:
         ctx.save_for_backward(x_ND, head_VD, targets_N)
-        ctx.chunk_tokens = chunk_tokens
+        ctx.chunk_tokens = chunk_tokens = _chunk_size(chunk_tokens, head_VD)
         keep_N = targets_N != IGNORE
         safe_N = targets_N.where(keep_N, 0)
         logprobs_N = x_ND.new_empty(x_ND.shape[0], dtype=torch.float32)
@@ -196,7 +196,5 @@ class _TokenLogprobs(torch.autograd.Function):
             d_C = d_N[chunk]
             d_logits_CV = torch.softmax(_logits(x_ND[chunk], head_VD), dim=-1).mul_(-d_C[:, None])
             _subtract_targets(d_logits_CV, safe_N[chunk], -d_C)
-            _chunk_gradients(
-                d_logits_CV, x_ND[chunk], head_VD, None if d_x_ND is None else d_x_ND[chunk], d_head_VD
-            )
+            _chunk_gradients(d_logits_CV, x_ND[chunk], head_VD, None if d_x_ND is None else d_x_ND[chunk], d_head_VD)
         return d_x_ND, None if d_head_VD is None else d_head_VD.to(head_VD.dtype), None, None

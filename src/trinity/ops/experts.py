@@ -10,6 +10,7 @@ the products and the activation, and widens bfloat16 where the processor is slow
 Suffixes as in `trinity.model`; R = N * k rows, one for each token and expert that meet, sorted by expert.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -146,9 +147,13 @@ class _CpuExperts(torch.autograd.Function):
     def backward(ctx, d_y_RD: Tensor):
         x_RD, gate_up_E2FD, down_EDF, hidden_R2F = ctx.saved_tensors
         d_x_RD = torch.empty_like(x_RD)
-        d_gate_up, d_down = torch.zeros_like(gate_up_E2FD), torch.zeros_like(down_EDF)
+        d_gate_up, d_down = torch.empty_like(gate_up_E2FD), torch.empty_like(down_EDF)
         wide = widens(x_RD)
         for expert, rows in _slices(ctx.ends):
+            if rows.start == rows.stop:
+                d_gate_up[expert].zero_()
+                d_down[expert].zero_()
+                continue
             x, d_y, hidden = (_widen(t[rows], wide) for t in (x_RD, d_y_RD, hidden_R2F))
             gate, up = hidden.chunk(2, dim=-1)
             _multiply(d_y.t(), F.silu(gate).mul_(up), d_down[expert])
@@ -160,13 +165,9 @@ class _CpuExperts(torch.autograd.Function):
         return d_x_RD, d_gate_up, d_down, None
 
 
-def _slices(ends: tuple[int, ...]):
-    """(expert, its rows) for each expert that has any."""
-    start = 0
-    for expert, end in enumerate(ends):
-        if end > start:
-            yield expert, slice(start, end)
-        start = end
+def _slices(ends: tuple[int, ...]) -> list[tuple[int, slice]]:
+    """(expert, its rows) for each expert."""
+    return [(expert, slice(start, end)) for expert, (start, end) in enumerate(itertools.pairwise((0, *ends)))]
 
 
 def _widen(x: Tensor, wide: bool) -> Tensor:

@@ -1,0 +1,335 @@
+"""What the model promises beside its numbers: fp32 buffers, initialisation, statistics, recomputation, seams, counting."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from trinity.config import resolve
+from trinity.config.model import ModelConfig
+from trinity.model.layout import Layout
+from trinity.model.moe import Experts, dispatch_local
+from trinity.model.router import Documents, Router, routing_stats
+from trinity.model.transformer import Transformer
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 61, "num_layers": 4, "num_dense_layers": 1, "dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
+    "ffn_dim": 24, "expert_dim": 12, "num_experts": 6, "experts_per_token": 2, "route_scale": 2.0, "window": 5,
+}  # fmt: skip
+
+
+def build(kernels="fast", recompute="none", seed: int = 0, **changes) -> Transformer:
+    model = Transformer(ModelConfig(**(SMALL | changes)), kernels, recompute)
+    model.init_weights(seed)
+    return model
+
+
+def batch(rows: int = 2, seq_len: int = 24) -> Tensor:
+    return torch.randint(0, 61, (rows, seq_len), generator=torch.Generator().manual_seed(3))
+
+
+def bias_some(model: Transformer) -> None:
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.bias.copy_(torch.linspace(-0.2, 0.2, module.bias.numel()))
+            module.momentum.fill_(1e-4 / 3)
+
+
+def test_names_and_shapes_are_those_of_the_contract() -> None:
+    state = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+    assert state["layers.1.attn.qkvg.weight"] == ((2 * 4 + 2 * 2) * 8, 16)
+    assert state["layers.1.attn.o.weight"] == (16, 32)
+    assert state["layers.0.ffn.gate_up.weight"] == (48, 16)
+    assert state["layers.0.ffn.down.weight"] == (16, 24)
+    assert state["layers.1.moe.experts.gate_up"] == (6, 24, 16)
+    assert state["layers.1.moe.experts.down"] == (6, 16, 12)
+    assert state["layers.1.moe.router.weight"] == (6, 16)
+    assert state["layers.1.moe.router.bias"] == state["layers.1.moe.router.momentum"] == (6,)
+    block = "attn.q_norm attn.k_norm attn_norm attn_post_norm ffn_norm ffn_post_norm moe.shared.gate_up moe.shared.down"
+    expected = {f"layers.1.{name}.weight" for name in [*block.split(), "attn.qkvg", "attn.o", "moe.router"]}
+    expected |= {
+        f"layers.1.moe.{name}" for name in ("experts.gate_up", "experts.down", "router.bias", "router.momentum")
+    }
+    assert {name for name in state if name.startswith("layers.1.")} == expected
+    assert {name for name in state if not name.startswith("layers.")} == {"embed.weight", "norm.weight", "head.weight"}
+
+
+@pytest.mark.parametrize("move", ["bfloat16", "half", "to", "construct", "assign"])
+def test_bias_and_momentum_stay_float32(move: str) -> None:
+    model = build()
+    bias_some(model)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    if move == "to":
+        model = model.to(torch.bfloat16)
+    elif move == "construct":
+        state = model.state_dict()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = build()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        model.load_state_dict(state)
+    elif move == "assign":
+        narrow = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+        before = {name: narrow[name].float() for name in before}
+        model.load_state_dict(narrow, assign=True)
+    else:
+        model = getattr(model, move)()
+    assert model.embed.weight.dtype in (torch.bfloat16, torch.float16)
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == torch.float32
+        assert not buffer.requires_grad
+        assert torch.equal(buffer, before[name]), "the value went through a narrower type"
+
+
+def test_initialisation_depends_on_the_seed_alone() -> None:
+    first, second, other = build(seed=1), Transformer(ModelConfig(**SMALL)), build(seed=2)
+    torch.manual_seed(123)
+    torch.randn(7)
+    second.init_weights(1)
+    narrow = Transformer(ModelConfig(**SMALL)).bfloat16()
+    narrow.init_weights(1)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name))
+        assert torch.equal(parameter.bfloat16(), narrow.get_parameter(name))
+        assert parameter.ndim == 1 or not torch.equal(parameter, other.get_parameter(name))
+
+
+def test_initialisation_follows_the_specification() -> None:
+    model = build(dim=64, num_experts=8)
+    sigma = 0.5 / 64**0.5
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            assert parameter.abs().max() <= 3 * sigma
+            if parameter.numel() > 1000:
+                assert parameter.std().item() == pytest.approx(sigma, rel=0.1), name
+        else:
+            assert torch.equal(parameter, torch.full_like(parameter, 0.5 if "post_norm" in name else 1.0)), name
+    stacks = model.get_parameter("layers.1.moe.experts.gate_up")
+    assert not torch.equal(stacks[0], stacks[1])
+    assert build(post_norm_gain=0.125).get_parameter("layers.2.ffn_post_norm.weight")[0].item() == 0.125
+    assert build(init_scale=1.0).embed.weight.std().item() == pytest.approx(0.25, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"qk_norm": False}, {"attention_gate": False}, {"post_norm_gain": 2.0}, {"embed_scale": False},
+        {"layer_types": ("global", "local", "local", "global")}, {"route_norm": False}, {"num_shared_experts": 0},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_a_switch_changes_the_result_and_both_paths_agree(change: dict[str, Any]) -> None:
+    plain, fast, reference = build(), build(**change), build("reference", **change)
+    tokens = batch()
+    logits = fast(tokens)
+    torch.testing.assert_close(logits, reference(tokens), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits, plain(tokens), atol=1e-3)
+    assert sum(p.numel() for p in fast.parameters()) == fast.config.num_params()
+    if change == {"attention_gate": False}:
+        assert fast.get_parameter("layers.0.attn.qkvg.weight").shape[0] == (4 + 2 * 2) * 8
+
+
+def test_the_bias_selects_and_does_not_weigh() -> None:
+    router = build().layers[1].moe.router
+    x = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    before = router(x)
+    router.bias.copy_(torch.tensor([9.0, 0, 0, 0, 0, 0]))
+    after = router(x)
+    assert (after.indices_Nk[:, 0] == 0).all()
+    assert torch.equal(before.scores_NE, after.scores_NE)
+    chosen = after.scores_NE.gather(1, after.indices_Nk)
+    torch.testing.assert_close(after.weights_Nk, 2.0 * chosen / chosen.sum(1, keepdim=True))
+
+
+def naive_sequence_loss(model: Transformer, routing, segments_BT: Tensor) -> Tensor:
+    """The formula of the specification, document by document."""
+    k, E = model.config.experts_per_token, model.config.num_experts
+    total, tokens = torch.zeros(()), 0
+    shaped = [t.unflatten(0, segments_BT.shape) for t in (routing.indices_Nk, routing.scores_NE)]
+    for row, segments in enumerate(segments_BT):
+        for segment in segments.unique():
+            if segment < 0:
+                continue
+            inside = segments == segment
+            T = int(inside.sum())
+            indices, scores = shaped[0][row, inside], shaped[1][row, inside]
+            f = torch.bincount(indices.flatten(), minlength=E) * E / (k * T)
+            P = (scores / scores.sum(dim=1, keepdim=True)).mean(dim=0)
+            total, tokens = total + T * (f * P).sum(), tokens + T
+    return total / tokens
+
+
+def test_sequence_loss_is_that_of_each_document() -> None:
+    model = build()
+    bias_some(model)
+    segments = torch.tensor([[0] * 7 + [1] * 12 + [-1] * 5, [0] * 20 + [1] * 4]).int()
+    seen = []
+    model.layers[1].moe.router.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.layers[2].moe.router.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.layers[3].moe.router.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    stats = model.features(batch(), segments).routing
+    expected = sum((naive_sequence_loss(model, routing, segments) for routing in seen), torch.zeros(()))
+    torch.testing.assert_close(stats.sequence_loss, expected)
+    weights = [model.layers[i].moe.router.weight for i in (1, 2, 3)]
+    mine = torch.autograd.grad(stats.sequence_loss, weights, retain_graph=True)
+    for a, b in zip(mine, torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.abs().max() > 0
+
+
+def test_padding_is_counted_nowhere() -> None:
+    model = build()
+    tokens = batch(1, 24)
+    padded = torch.cat([tokens, torch.full((1, 8), 7)], dim=1)
+    segments = torch.tensor([[0] * 24 + [-1] * 8])
+    alone, beside = model.features(tokens).routing, model.features(padded, segments).routing
+    assert torch.equal(alone.counts_LE, beside.counts_LE)
+    assert alone.counts_LE.sum(dim=1).tolist() == [24 * 2] * 3
+    for name in ("sequence_loss", "logit_min_L", "logit_max_L", "entropy_L"):
+        torch.testing.assert_close(getattr(alone, name), getattr(beside, name))
+    empty = model.features(tokens, torch.full((1, 24), -1)).routing
+    assert empty.counts_LE.sum() == 0
+    assert empty.sequence_loss == 0
+
+
+def test_static_document_numbers_give_the_same_statistics() -> None:
+    """A GPU bounds the number of documents by the number of tokens instead of reading it."""
+    model = build()
+    routing = model.layers[1].moe.router(torch.randn(24, 16))
+    document = torch.arange(24) // 10
+    tight, loose = (routing_stats(routing, Documents(document, bound, None)) for bound in (3, 24))
+    for a, b in zip(tight, loose, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_recomputation_changes_nothing(packed: bool) -> None:
+    segments = torch.tensor([[0] * 7 + [1] * 12 + [-1] * 5, [0] * 20 + [1] * 4]) if packed else None
+    results = []
+    for recompute in ("none", "block"):
+        model = build(recompute=recompute)
+        calls: list[int] = []
+        model.layers[2].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        features = model.features(batch(), segments)
+        (features.x_BTD.square().sum() + features.routing.sequence_loss).backward()
+        assert len(calls) == (1 if recompute == "none" else 2)
+        results.append((features, {name: p.grad for name, p in model.named_parameters()}))
+    (first, first_gradients), (second, second_gradients) = results
+    assert torch.equal(first.routing.counts_LE, second.routing.counts_LE)
+    assert torch.equal(first.x_BTD, second.x_BTD)
+    for name, gradient in first_gradients.items():
+        if name != "head.weight":
+            torch.testing.assert_close(gradient, second_gradients[name])
+
+
+def test_forward_leaves_no_trace_in_the_model() -> None:
+    model = build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.features(batch())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_dense_model_has_empty_statistics() -> None:
+    stats = build(num_dense_layers=4).features(batch()).routing
+    assert stats.counts_LE.shape == (0, 6)
+    assert stats.sequence_loss == 0
+
+
+def test_a_dispatcher_is_handed_in() -> None:
+    model = build()
+    expected = model(batch())
+    seen = []
+
+    def counting(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, experts: Experts) -> Tensor:
+        seen.append(x_ND.shape[0])
+        return dispatch_local(x_ND, indices_Nk, weights_Nk, experts)
+
+    for block in model.layers:
+        if block.moe is not None:
+            block.moe.dispatcher = counting
+    assert torch.equal(model(batch()), expected)
+    assert seen == [48, 48, 48]
+
+
+def test_the_halves_around_a_cache_are_the_whole() -> None:
+    """What an engine with a KV cache does, token by token, with plain softmax over the keys that each layer keeps."""
+    model = build()
+    tokens = batch(1, 12)
+    expected = model(tokens)[0]
+    caches: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.layers]
+    for t in range(12):
+        x = model.embed_tokens(tokens[:, t : t + 1])
+        positions = torch.tensor([[t]])
+        for i, block in enumerate(model.layers):
+            turn = model.rotation(positions) if i % 2 else positions
+            q, k, v, gate = block.attn.project(block.attn_norm(x), turn)
+            caches[i].append((k, v))
+            kept = caches[i][-model.config.window :] if block.kind == "local" else caches[i]
+            keys, values = (torch.cat(part, dim=1).transpose(1, 2) for part in zip(*kept, strict=True))
+            o = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, enable_gqa=True).transpose(1, 2)
+            x = x + block.attn_post_norm(block.attn.output(o, gate))
+            x, stats = block.feed_forward(x)
+            assert stats is None
+        torch.testing.assert_close(model.head(model.norm(x))[0, 0], expected[t], atol=1e-5, rtol=1e-5)
+
+
+def test_a_layout_is_made_once_and_reused() -> None:
+    model = build()
+    segments = torch.tensor([[0] * 7 + [1] * 17, [0] * 24])
+    layout = model.layout((2, 24), segments)
+    assert isinstance(layout, Layout)
+    expected = model.features(batch(), segments).x_BTD
+    assert torch.equal(model.features(batch(), layout=layout).x_BTD, expected)
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    """Every expert is selected, for otherwise rounded weights send some tokens elsewhere."""
+    wide, narrow = build(experts_per_token=6), build(experts_per_token=6).bfloat16()
+    tokens = batch()
+    logits, rounded = wide(tokens), narrow(tokens)
+    assert rounded.dtype == torch.bfloat16
+    assert (logits - rounded.float()).abs().max() < 0.05 * logits.abs().max()
+
+
+@pytest.mark.parametrize("name", ["nano", "mini", "large"])
+def test_counting_agrees_with_the_published_models(name: str) -> None:
+    config = resolve(name)[0].model
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert sum(p.numel() for p in model.parameters()) == config.num_params()
+    stacks = sum(p.numel() for n, p in model.named_parameters() if ".moe.experts." in n)
+    idle = stacks * (config.num_experts - config.experts_per_token) // config.num_experts
+    assert config.num_params() - idle == config.num_active_params()
+    published = {"nano": 6.12e9, "mini": 26.1e9, "large": 398.6e9}[name]
+    assert config.num_params() == pytest.approx(published, rel=0.005)
+
+
+def test_counted_operations_agree_with_the_counter_of_torch() -> None:
+    """With a window over the whole row the reference computes every score: T keys a query where the mask leaves (T + 1) / 2."""
+    model = build("reference", window=64)
+    config, T = model.config, 32
+    layout = model.layout((1, T))
+    with FlopCounterMode(display=False) as counter:
+        logits = model.head(model.features(batch(1, T), layout=layout).x_BTD)
+    heads = config.num_heads * config.head_dim
+    masked = 4 * heads * config.num_layers * (T - (T + 1) / 2)
+    assert counter.get_total_flops() / T == pytest.approx(config.flops_per_token(T, training=False) + masked)
+    with FlopCounterMode(display=False) as counter:
+        logits.sum().backward()
+    backward = 2 * (config.flops_per_token(T, training=False) + masked)
+    assert counter.get_total_flops() / T == pytest.approx(backward, rel=1e-6)
+
+
+def test_cache_bytes_agree_with_what_the_layers_keep() -> None:
+    model = build()
+    T = 9
+    _, k, v, _ = model.layers[0].attn.project(
+        torch.zeros(1, T, 16, dtype=torch.bfloat16).float(), torch.arange(T)[None]
+    )
+    kept = [min(5, T) if block.kind == "local" else T for block in model.layers]
+    values = sum(n * (k[0, 0].numel() + v[0, 0].numel()) for n in kept)
+    assert model.config.kv_cache_bytes(T) == 2 * values
