@@ -132,7 +132,7 @@ def test_the_pieces_tile_our_tensors_exactly(config: ModelConfig) -> None:
     assert all((tensor == 1).all() for tensor in covered.values())
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(config=configs(), data=st.data())
 def test_weights_survive_the_round_trip_in_any_form(
     config: ModelConfig, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

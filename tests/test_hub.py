@@ -40,8 +40,11 @@ def exported(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     """Tokens that transformers generates with its cache, whatever the stop tokens."""
+    ids = torch.tensor([prompt])
+    # The mask is given because transformers would take a padding token inside the prompt for padding.
+    mask = torch.ones_like(ids)
     out = model.generate(
-        torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     return out[0, len(prompt) :].tolist()
 
@@ -79,7 +82,7 @@ def test_the_chat_template_renders_the_same(exported: Path, tokenizer: Tokenizer
     assert words(rendered)["input_ids"] == ids
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(config=configs().filter(lambda c: c.route_norm and c.num_shared_experts > 0), seed=st.integers(0, 99))
 def test_models_made_by_transformers_are_read_and_agree(
     config: ModelConfig, seed: int, tmp_path_factory: pytest.TempPathFactory
