@@ -82,8 +82,14 @@ def test_the_chat_template_renders_the_same(exported: Path, tokenizer: Tokenizer
     assert words(rendered)["input_ids"] == ids
 
 
+def computable(config: ModelConfig) -> bool:
+    """What transformers computes too: it normalises always, warns about absent experts, and with a window of one token
+    its cache drops nothing (a slice from -W + 1 = 0), so that it disagrees with its own forward pass."""
+    return config.route_norm and config.num_shared_experts > 0 and config.window > 1
+
+
 @settings(max_examples=4, deadline=None)
-@given(config=configs().filter(lambda c: c.route_norm and c.num_shared_experts > 0), seed=st.integers(0, 99))
+@given(config=configs().filter(computable), seed=st.integers(0, 99))
 def test_models_made_by_transformers_are_read_and_agree(
     config: ModelConfig, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
