@@ -183,6 +183,28 @@ def test_cancelling_frees_the_slot_and_keeps_the_answer(models: dict[str, Transf
     assert engine.cache.used_bytes == 0
 
 
+def test_a_long_prompt_does_not_silence_the_others(models: dict[str, Transformer]) -> None:
+    engine = Engine(models["A"], prefill_chunk=8)
+    first = engine.submit(tokens(4, 512), SamplingParams(temperature=0.0, max_new_tokens=40))
+    engine.step()
+    second = engine.submit(tokens(160, 512), GREEDY)
+    while not second.completion.tokens:
+        engine.step()
+    assert len(first.completion.tokens) >= 160 // 8 - 1
+
+
+def test_an_interrupted_call_leaves_the_engine_empty(models: dict[str, Transformer]) -> None:
+    engine = Engine(models["A"], max_batch=2)
+
+    def interrupt(number: int, event: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([tokens(5, 512)] * 3, GREEDY, interrupt)
+    assert engine.num_running == engine.num_waiting == engine.cache.used_bytes == 0
+    assert len(engine.generate([tokens(5, 512)], GREEDY)[0].tokens) == 12
+
+
 def test_the_engine_uses_the_models_own_weights_and_restores_its_mode(models: dict[str, Transformer]) -> None:
     model = Transformer(models["B"].config)
     model.load_state_dict(models["B"].state_dict())

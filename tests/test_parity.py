@@ -1,6 +1,5 @@
 """The parity gate catches faults that keys and shapes do not show, also those that writer and reader share."""
 
-import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Iterator
@@ -10,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_export import SMALL, random_model
 
 import trinity.export.keys
+from test_export import SMALL, random_model
 from trinity.config import ModelConfig
 from trinity.export.afmoe import export_afmoe
-from trinity.export.config import config_to_public
 from trinity.export.keys import Piece
 from trinity.export.parity import ParityError, check_parity
 from trinity.model.transformer import Transformer
@@ -46,27 +44,33 @@ def layer(i: int, name: str) -> str:
     return f"model.layers.{i}.{name}"
 
 
+def change(i: int, name: str, by: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], Any]:
+    return lambda tensors: tensors.update({layer(i, name): by(tensors[layer(i, name)])})
+
+
+def exchange(i: int, one: str, other: str) -> Callable[[Tensors], Any]:
+    return lambda tensors: swap(tensors, layer(i, one), layer(i, other))
+
+
 TENSOR_FAULTS: dict[str, Callable[[Tensors], Any]] = {
-    "a bias is zero": lambda t: t[layer(2, "mlp.expert_bias")].zero_(),
-    "a bias is rounded": lambda t: t.update({layer(1, "mlp.expert_bias"): t[layer(1, "mlp.expert_bias")].bfloat16().float()}),
-    "gate and up of an expert": lambda t: swap(t, layer(1, "mlp.experts.2.gate_proj.weight"), layer(1, "mlp.experts.2.up_proj.weight")),
-    "gate and up of a dense layer": lambda t: swap(t, layer(0, "mlp.gate_proj.weight"), layer(0, "mlp.up_proj.weight")),
-    "gate and query": lambda t: swap(t, layer(3, "self_attn.gate_proj.weight"), layer(3, "self_attn.q_proj.weight")),
-    "key and value": lambda t: swap(t, layer(3, "self_attn.k_proj.weight"), layer(3, "self_attn.v_proj.weight")),
-    "q and k norm": lambda t: swap(t, layer(2, "self_attn.q_norm.weight"), layer(2, "self_attn.k_norm.weight")),
-    "norms": lambda t: swap(t, layer(2, "input_layernorm.weight"), layer(2, "post_attention_layernorm.weight")),
-    "two experts": lambda t: swap(t, layer(3, "mlp.experts.0.down_proj.weight"), layer(3, "mlp.experts.1.down_proj.weight")),
-    "a router row": lambda t: t.update({layer(3, "mlp.router.gate.weight"): t[layer(3, "mlp.router.gate.weight")].roll(1, 0)}),
-    "tied head": lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
-    "a norm of ones": lambda t: t["model.norm.weight"].fill_(1.0),
-    "not a number": lambda t: t["model.norm.weight"][0].fill_(float("nan")),
-}  # fmt: skip
+    "a bias is zero": change(2, "mlp.expert_bias", torch.zeros_like),
+    "a bias is rounded": change(1, "mlp.expert_bias", lambda bias: bias.bfloat16().float()),
+    "gate and up of an expert": exchange(1, "mlp.experts.2.gate_proj.weight", "mlp.experts.2.up_proj.weight"),
+    "gate and up of a dense layer": exchange(0, "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "gate and query": exchange(3, "self_attn.gate_proj.weight", "self_attn.q_proj.weight"),
+    "key and value": exchange(3, "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "q and k norm": exchange(2, "self_attn.q_norm.weight", "self_attn.k_norm.weight"),
+    "norms": exchange(2, "input_layernorm.weight", "post_attention_layernorm.weight"),
+    "two experts": exchange(3, "mlp.experts.0.down_proj.weight", "mlp.experts.1.down_proj.weight"),
+    "router rows": change(3, "mlp.router.gate.weight", lambda weight: weight.roll(1, 0)),
+    "tied head": lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}),
+    "a norm of ones": lambda tensors: tensors["model.norm.weight"].fill_(1.0),
+    "not a number": lambda tensors: tensors["model.norm.weight"][0].fill_(float("nan")),
+}
 
 
 @pytest.mark.parametrize("fault", TENSOR_FAULTS)
-def test_faulty_tensors_in_the_files_are_caught(
-    fault: str, model: Transformer, written: Path, tmp_path: Path
-) -> None:
+def test_faulty_tensors_in_the_files_are_caught(fault: str, model: Transformer, written: Path, tmp_path: Path) -> None:
     tensors = load_file(written / "model.safetensors")
     TENSOR_FAULTS[fault](tensors)
     save_file(tensors, tmp_path / "model.safetensors")
@@ -148,7 +152,7 @@ def test_a_mapping_that_is_wrong_in_both_directions_is_caught(
 def test_transformers_alone_would_catch_a_wrong_mapping(
     model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, oracle = trinity.export.keys.pieces, importlib.import_module("trinity.export.parity")
+    right, gate = trinity.export.keys.pieces, importlib.import_module("trinity.export.parity")
 
     def wrong(config: ModelConfig) -> Iterator[Piece]:
         return map(MAPPING_FAULTS["gate and up of experts"], right(config))
@@ -156,16 +160,13 @@ def test_transformers_alone_would_catch_a_wrong_mapping(
     for user in ("writing", "reading"):
         monkeypatch.setattr(importlib.import_module(f"trinity.export.{user}"), "pieces", wrong)
 
-    def blind(_name: str, _run: object, _logits: torch.Tensor, _directory: Path, **_: object) -> float:
-        return 0.0
-
-    compare = oracle._compare_logits
+    compare = gate._compare_logits
 
     def only_transformers(name: str, run: Any, logits: torch.Tensor, directory: Path) -> float:
         return compare(name, run, logits, directory) if name == "transformers" else 0.0
 
-    monkeypatch.setattr(oracle, "_compare_logits", only_transformers)
-    monkeypatch.setattr(oracle, "TIE", float("inf"))
+    monkeypatch.setattr(gate, "_compare_logits", only_transformers)
+    monkeypatch.setattr(gate, "TIE", float("inf"))
     with pytest.raises(ParityError, match="transformers"):
         export_afmoe(model, SMALL, None, tmp_path / "out", dtype=torch.float32)
 
@@ -181,6 +182,4 @@ def test_rounding_is_no_difference_and_a_bfloat16_model_is_no_excuse(tmp_path: P
     model = random_model(SMALL).to(torch.bfloat16)
     report = export_afmoe(model, SMALL, None, tmp_path / "out", dtype=torch.bfloat16)
     assert all(error < 1e-5 for error in report.max_error.values())
-    assert "bfloat16" in json.dumps(config_to_public(SMALL, dtype="bfloat16"))
-    assert dataclasses.is_dataclass(report)
     assert report.lines()[0].startswith(str(report.num_tokens))

@@ -1,4 +1,4 @@
-"""Sampling: truncation rules against their definitions, frequencies against probabilities, independence of the batch."""
+"""Sampling: truncation by its definitions, frequencies by the probabilities, and no influence of the batch."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_logprobs_are_the_models_own_whatever_the_rules() -> None:
     params = SamplingParams(temperature=0.3, top_k=5, top_p=0.8, repetition_penalty=1.5)
     seen = torch.arange(40) < 10
     token, logprob = sample(logits, [params], [0.3], [seen])
-    assert logprob.item() == pytest.approx(logits.log_softmax(-1)[0, token.item()].item(), abs=1e-6)
+    assert logprob.item() == pytest.approx(logits.log_softmax(-1)[0, int(token)].item(), abs=1e-6)
 
 
 def kept(probs: list[float], **rules: float) -> list[int]:

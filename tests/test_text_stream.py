@@ -1,5 +1,6 @@
 """Streaming text: any cutting of any bytes gives the decoded text, and stop strings are found across pieces."""
 
+import itertools
 from collections.abc import Iterable
 
 from hypothesis import given, settings
@@ -32,7 +33,7 @@ def stream(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str], 
 
 def cut(data: bytes, borders: list[int]) -> list[bytes]:
     points = sorted({0, len(data), *(b % (len(data) + 1) for b in borders)})
-    return [data[a:b] for a, b in zip(points, points[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(points)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -48,7 +49,11 @@ def test_a_character_is_given_whole() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.text(alphabet="abx", max_size=30), st.lists(st.text(alphabet="abx", min_size=1, max_size=4), max_size=3), st.data())
+@given(
+    st.text(alphabet="abx", max_size=30),
+    st.lists(st.text(alphabet="abx", min_size=1, max_size=4), max_size=3),
+    st.data(),
+)
 def test_stop_strings_cut_the_text_however_it_is_cut(text: str, stops: list[str], data: st.DataObject) -> None:
     borders = data.draw(st.lists(st.integers(0, 100)))
     out, streamed = stream(cut(text.encode(), borders), tuple(stops))

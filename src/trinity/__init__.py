@@ -1,9 +1,9 @@
 """Trinity: sparse mixture-of-experts language models, from text to a served model.
 
-    import trinity
+import trinity
 
-    model, tokenizer = trinity.load("runs/demo/pretrain")
-    print(trinity.generate(model, tokenizer, "The sea", max_new_tokens=32, temperature=0.0))
+model, tokenizer = trinity.load("runs/demo/pretrain")
+print(trinity.generate(model, tokenizer, "The sea", max_new_tokens=32, temperature=0.0))
 """
 
 from importlib import import_module

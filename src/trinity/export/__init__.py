@@ -1,0 +1,6 @@
+"""Public `afmoe` model directories: written, proven equal and read."""
+
+from trinity.export.afmoe import export_afmoe
+from trinity.export.reading import import_afmoe
+
+__all__ = ["export_afmoe", "import_afmoe"]

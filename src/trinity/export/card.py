@@ -12,10 +12,11 @@ def model_card(
 ) -> str:
     """Sizes, origin, how the export was checked and how to load it, as Markdown with a Hub header."""
     local = config.layers.count("local")
+    kinds = f"{config.num_dense_layers} dense; {local} local, {config.num_layers - local} global"
     rows = {
         "parameters": f"{config.num_params():,}",
         "active per token": f"{config.num_active_params():,}",
-        "layers": f"{config.num_layers} ({config.num_dense_layers} dense, {local} local, {len(config.layers) - local} global)",
+        "layers": f"{config.num_layers}: {kinds}",
         "width": f"{config.dim}, {config.num_heads} query and {config.num_kv_heads} key heads of {config.head_dim}",
         "experts": f"{config.num_experts}, {config.experts_per_token} per token, {config.num_shared_experts} shared",
         "window": f"{config.window} tokens in local layers",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import silu
 
 from trinity.base.files import read_json
 from trinity.export.files import TensorFiles
@@ -31,8 +31,8 @@ class OracleOutput(NamedTuple):
 def oracle_forward(directory: Path, tokens_BT: torch.Tensor, replay_LNk: torch.Tensor | None = None) -> OracleOutput:
     """Logits and routing in float32 of the model in `directory`; every row is one document from position 0.
 
-    With `replay_LNk` those experts are used instead of the files' choice, weighed by the files' scores: two computations
-    that differ by rounding may break a tie differently, after which their logits could not be compared.
+    With `replay_LNk` those experts are used instead of the files' choice, weighed by the files' scores: two
+    computations that differ by rounding may break a tie differently, and then their logits could not be compared.
     """
     raw = read_json(directory / "config.json")
     eps = raw["rms_norm_eps"]
@@ -42,7 +42,7 @@ def oracle_forward(directory: Path, tokens_BT: torch.Tensor, replay_LNk: torch.T
         def get(name: str) -> torch.Tensor:
             return files.read(name).float()
 
-        x_BTD = F.embedding(tokens_BT, get("model.embed_tokens.weight"))
+        x_BTD = get("model.embed_tokens.weight")[tokens_BT]
         if raw["mup_enabled"]:
             x_BTD = x_BTD * math.sqrt(raw["hidden_size"])
         for i, kind in enumerate(raw["layer_types"]):
@@ -113,7 +113,7 @@ def _attention(get: Get, h_BTD: torch.Tensor, raw: Mapping[str, Any], *, local: 
 
 def _swiglu(get: Get, h: torch.Tensor) -> torch.Tensor:
     gate, up = h @ get("gate_proj.weight").T, h @ get("up_proj.weight").T
-    return (F.silu(gate) * up) @ get("down_proj.weight").T
+    return (silu(gate) * up) @ get("down_proj.weight").T
 
 
 def _moe(

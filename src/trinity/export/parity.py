@@ -22,6 +22,7 @@ from trinity.config import ModelConfig
 from trinity.export.keys import is_bias
 from trinity.export.oracle import oracle_forward
 from trinity.export.reading import import_afmoe
+from trinity.model.router import Router
 from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
 
@@ -30,7 +31,9 @@ TOLERANCE = 1e-4
 TIE = 1e-5
 """Scores closer than this may be ranked either way."""
 GREEDY_TOKENS = 16
-FIXED_TEXT = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2; 12345678 / 9 = 1371742. Zażółć gęślą jaźń, 你好，世界。\n"
+FIXED_TEXT = (
+    "The quick brown fox jumps over the lazy dog. 1 + 1 = 2; 12345678 / 9 = 1371742. Zażółć gęślą jaźń, 你好世界。\n"
+)
 
 
 class ParityError(UserError):
@@ -151,9 +154,9 @@ def _greedy(model: Transformer, tokens_1T: torch.Tensor) -> torch.Tensor:
 def _run(model: Transformer, tokens_BT: torch.Tensor) -> _Run:
     indices: list[torch.Tensor] = []
     hooks = [
-        block.moe.router.register_forward_hook(lambda _module, _args, routing: indices.append(routing.indices_Nk))
-        for block in model.layers
-        if block.moe is not None
+        router.register_forward_hook(lambda _module, _args, routing: indices.append(routing.indices_Nk))
+        for router in model.modules()
+        if isinstance(router, Router)
     ]
     try:
         logits_BTV = model(tokens_BT)

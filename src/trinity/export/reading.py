@@ -25,12 +25,14 @@ def read_config(directory: Path) -> ModelConfig:
     return config_from_public(public, path)
 
 
-def import_afmoe(directory: Path | str, dtype: torch.dtype | None = None) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+def import_afmoe(
+    directory: Path | str, dtype: torch.dtype | None = None
+) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """The settings and the whole state dict of a public model directory, on the CPU.
 
-    `dtype` None keeps each tensor's stored type (a quantised model becomes float32). Expert biases are float32 always; the momentum
-    of the balancing, which the format does not have, is zero. Raises UserError naming the tensor and the shapes when
-    one is missing, unexpected or of another shape.
+    `dtype` None keeps each tensor's stored type (a quantised model becomes float32). Expert biases are float32 always;
+    the momentum of the balancing, which the format does not have, is zero. Raises UserError naming the tensor and the
+    shapes when one is missing, unexpected or of another shape.
     """
     directory = Path(directory)
     config = read_config(directory)

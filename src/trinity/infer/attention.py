@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention
 
 from trinity.config.model import LayerType
 from trinity.infer.cache import BlockPool, Cache
@@ -150,5 +150,5 @@ def _seen(query_BC: torch.Tensor, key_BS: torch.Tensor, window: int | None) -> t
 def _attend(q_BCHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, seen_BCS: torch.Tensor) -> torch.Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q_BCHK, k_BSGK.to(q_BCHK.dtype), v_BSGK.to(q_BCHK.dtype)))
     grouped = q.shape[1] != k.shape[1]
-    o_BHCK = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_BCS[:, None], enable_gqa=grouped)
+    o_BHCK = scaled_dot_product_attention(q, k, v, attn_mask=seen_BCS[:, None], enable_gqa=grouped)
     return o_BHCK.transpose(1, 2)

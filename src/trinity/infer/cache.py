@@ -122,8 +122,8 @@ class Cache:
         self, config: ModelConfig, num_slots: int, *, device: torch.device, dtype: torch.dtype, block: int = 64
     ) -> None:
         kinds: tuple[LayerType, ...] = ("local", "global")
-        rings = {"local": config.window, "global": None}
-        self.pools = {
+        rings: dict[LayerType, int | None] = {"local": config.window, "global": None}
+        self.pools: dict[LayerType, BlockPool] = {
             kind: BlockPool(config.layers.count(kind), config, num_slots, block, rings[kind], device, dtype)
             for kind in kinds
         }

@@ -1,7 +1,7 @@
 """A conversation with a model: history, template, streamed answers, and what to do when the context is full."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from trinity.base.errors import UserError
@@ -41,7 +41,7 @@ class ChatSession:
         self._max_positions = model.config.max_positions
         self._engine = Engine(model, tokenizer, max_batch=1)
 
-    def send(self, text: str) -> Iterator[str]:
+    def send(self, text: str) -> Generator[str, None, None]:
         """Add what the user says and yield the answer piece by piece.
 
         The answer joins the history when it ends, also when the caller stops listening before that. Raises UserError
@@ -77,6 +77,7 @@ class ChatSession:
         system = self.messages[:1] if self.messages[0]["role"] == "system" else []
         turns = self.messages[len(system) :]
         starts = [i for i, message in enumerate(turns) if message["role"] == "user"]
+        ids: list[int] = []
         for start in starts:
             ids, _ = self.tokenizer.encode_chat(system + turns[start:], add_generation_prompt=True)
             if len(ids) <= room:

@@ -103,13 +103,12 @@ class Engine:
         self._device = model.embed.weight.device
         self._max_tokens = max_tokens or max_batch * self.config.max_positions
         self._prefill_chunk = prefill_chunk
-        self.cache = Cache(
-            self.config, max_batch, device=self._device, dtype=model.embed.weight.dtype, block=block
-        )
+        self.cache = Cache(self.config, max_batch, device=self._device, dtype=model.embed.weight.dtype, block=block)
         self._free_slots = list(range(max_batch - 1, -1, -1))
         self._waiting: deque[Request] = deque()
         self._prefilling: list[Request] = []
         self._decoding: list[Request] = []
+        self._prefilled_last = False
 
     @property
     def num_running(self) -> int:
@@ -154,8 +153,11 @@ class Engine:
         """Admit what fits, run one forward pass, and return the tokens it gave: none while prompts are being read."""
         with _evaluating(self.model):
             self._admit()
-            if self._prefilling:
+            # Where both wait they take turns: a long prompt must not silence the answers that are under way.
+            if self._prefilling and not (self._decoding and self._prefilled_last):
+                self._prefilled_last = True
                 return self._prefill()
+            self._prefilled_last = False
             return self._decode() if self._decoding else []
 
     def generate(
@@ -179,14 +181,14 @@ class Engine:
             for prompt, own in zip(prompts, params, strict=True):
                 requests.append(self.submit(prompt, own))
             numbers = {id(request): i for i, request in enumerate(requests)}
-            while not all(request.done for request in requests):
-                for event in self.step():
-                    if on_token is not None and id(event.request) in numbers:
-                        on_token(numbers[id(event.request)], event)
-        except BaseException:
+            with _evaluating(self.model):
+                while not all(request.done for request in requests):
+                    for event in self.step():
+                        if on_token is not None and id(event.request) in numbers:
+                            on_token(numbers[id(event.request)], event)
+        finally:  # nothing to cancel but when an error or the caller interrupted
             for request in requests:
                 self.cancel(request)
-            raise
         return [request.completion for request in requests]
 
     def _admit(self) -> None:
@@ -303,9 +305,11 @@ class Engine:
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     """No gradients, evaluation mode; afterwards the model is in the mode that it was in."""
     training = model.training
-    model.eval()
+    if training:
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        if training:
+            model.train()

@@ -10,7 +10,9 @@ from trinity.model.router import Routing
 from trinity.model.transformer import Block, Transformer
 
 
-def forward(model: Transformer, step: Step, *, return_experts: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+def forward(
+    model: Transformer, step: Step, *, return_experts: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Features after the final norm [N, D] and, on request, the chosen experts [N, L, k] int64."""
     with _watched_routers(model, return_experts) as indices:
         turn = model.rotation(step.positions_1N)

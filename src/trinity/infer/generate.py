@@ -1,6 +1,6 @@
 """`trinity.generate`: text in, text out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, overload
 
 from trinity.base.errors import UsageError
@@ -22,32 +22,24 @@ def generate(
 ) -> str: ...
 @overload
 def generate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: Sequence[str],
-    *,
-    on_text: Callable[[str], None] | None = None,
-    max_batch: int = 32,
-    **sampling: Any,
+    model: Transformer, tokenizer: Tokenizer, prompt: list[str], *, max_batch: int = 32, **sampling: Any
 ) -> list[str]: ...
-
-
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[str],
+    prompt: str | list[str],
     *,
     on_text: Callable[[str], None] | None = None,
     max_batch: int = 32,
     **sampling: Any,
 ) -> str | list[str]:
-    """Continue one prompt (str -> str) or several (list -> list of str).
+    """Continue one prompt (str -> str) or several (list of str -> list of str).
 
     `sampling` are the fields of SamplingParams, such as `max_new_tokens=64, temperature=0.7, seed=1`; the tokenizer's
     stop tokens end an answer unless `stop_ids` says otherwise. An empty prompt starts a document. `on_text` gets the
     answer piece by piece and needs a single prompt. For conversations see `trinity.infer.chat.ChatSession`.
     """
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    texts = [prompt] if isinstance(prompt, str) else prompt
     if on_text is not None and not isinstance(prompt, str):
         raise UsageError("on_text needs a single prompt; use trinity.infer.engine.Engine to stream several")
     sampling.setdefault("stop_ids", tuple(tokenizer.stop_ids))

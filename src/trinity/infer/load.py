@@ -47,8 +47,8 @@ def load(
     model = _load_weights(place, device, dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
-            f"the tokenizer of {path} has {tokenizer.vocab_size} entries, but its model only {model.config.vocab_size}; "
-            "they do not belong together"
+            f"the tokenizer of {path} has {tokenizer.vocab_size} entries, but its model only "
+            f"{model.config.vocab_size}; they do not belong together"
         )
     return model, tokenizer
 
@@ -65,7 +65,9 @@ def find(path: Path) -> Place:
     if not path.exists():
         raise UserError(f"there is no model at {path}: give a local directory that trinity or another tool wrote")
     if path.is_file():
-        raise UserError(f"{path} is a file; give the directory that holds config.json or the run, such as {path.parent}")
+        raise UserError(
+            f"{path} is a file; give the directory that holds config.json or the run, such as {path.parent}"
+        )
     if (path / "config.json").exists():
         return Place(path, None, (path,))
     if CHECKPOINT.fullmatch(path.name) and path.parent.name == "checkpoints":
@@ -112,9 +114,7 @@ def _newest(run: Path) -> Path:
     return whole[-1]
 
 
-def _load_weights(
-    place: Place, device: str | torch.device | None, dtype: str | torch.dtype | None
-) -> Transformer:
+def _load_weights(place: Place, device: str | torch.device | None, dtype: str | torch.dtype | None) -> Transformer:
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")

@@ -68,8 +68,8 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Next tokens [B] int64 and their log-probabilities [B] float32.
 
-    `uniform` has one number in [0, 1) a row; `seen` marks, bool [V], the tokens of the prompt and the answer so far in rows
-    with a repetition penalty. Ids from `vocab_size` on, where the model has more rows than the tokenizer, never come.
+    `uniform` has one number in [0, 1) a row; `seen` marks, bool [V], the tokens of the prompt and the answer so far
+    in rows with a repetition penalty. Ids from `vocab_size` on, which the tokenizer does not have, never come.
     The log-probability is the model's own, log_softmax of the logits as they came: neither temperature nor truncation
     nor penalty changes it, so that a trainer which scores the same tokens finds the same number.
     """

@@ -55,7 +55,5 @@ class TextStream:
 
     def _possible_stop(self, text: str) -> int:
         """Characters at the end of `text` that begin a stop string."""
-        lengths = [
-            length for stop in self._stop for length in range(1, len(stop)) if text.endswith(stop[:length])
-        ]
+        lengths = [length for stop in self._stop for length in range(1, len(stop)) if text.endswith(stop[:length])]
         return max(lengths, default=0)
