@@ -15,6 +15,14 @@ from trinity.data.blocks import BLOCK_BYTES, CheckedFile, record_of, write_block
 from trinity.data.shard_writer import TokenDocument, write_shards
 from trinity.data.shards import Shards, token_dtype
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_waiting_for_the_disk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        yield
+
+
 ABOUT = {"tokenizer_fingerprint": "f", "vocab_size": 257, "eos_id": 256}
 names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=5)
 documents = st.lists(

@@ -29,7 +29,7 @@ LEAST_SAMPLE_BYTES = 2048
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
 _LINE_START = re.compile(r"\n(?=\S)")
-_WORD_START = re.compile(r"(?<=\S)(?= \S)")
+_WORD_START = re.compile(r"(?<=\S)(?= )")
 
 
 def judge(text: str, min_chars: int, max_chars: int | None, quality: bool) -> str | None:

@@ -2,8 +2,8 @@
 
 `code` is sources of the standard library and of installed packages, `prose` is the language reference's topics,
 docstrings (parsed, never imported) and package descriptions, `math` is generated arithmetic. Documents are chosen by
-the hash of their path inside the library, so that neither the order of a directory nor its place matters; another Python
-version is another corpus and has another fingerprint.
+the hash of their path inside the library, so that neither the order of a directory nor its place matters; another
+Python version is another corpus and has another fingerprint.
 """
 
 import ast
