@@ -1,7 +1,6 @@
 """The tokenizer: text, bytes and conversations to ids and back, and its directory on disk."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -52,16 +51,19 @@ class Tokenizer:
         self.eos_token, self.pad_token = eos_token, pad_token
         self._max_positions = max_positions
         try:
-            spec = json.loads(tokenizer_json)
             self._full = tokenizers.Tokenizer.from_str(tokenizer_json)
-            self._plain = tokenizers.Tokenizer.from_str(
-                json.dumps({**spec, "added_tokens": [], "post_processor": None})
-            )
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"tokenizer.json cannot be read: {error}") from None
-        self._special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        self._hidden = {token["id"] for token in spec["added_tokens"] if token["special"]}
-        self._own_cuts = spec["pre_tokenizer"] == json.loads(trinity_pre_tokenizer().__getstate__())
+        # The same vocabulary, shared, without special tokens: nothing in a text is one.
+        self._plain = tokenizers.Tokenizer(self._full.model)
+        if self._full.normalizer is not None:
+            self._plain.normalizer = self._full.normalizer
+        if self._full.pre_tokenizer is not None:
+            self._plain.pre_tokenizer = self._full.pre_tokenizer
+        self._own_cuts = str(self._full.pre_tokenizer) == str(trinity_pre_tokenizer())
+        added = self._full.get_added_tokens_decoder()
+        self._special = {token.content: i for i, token in added.items()}
+        self._hidden = {i for i, token in added.items() if token.special}
         self.vocab_size: int = self._full.get_vocab_size(with_added_tokens=True)
         self.fingerprint: str = hashlib.sha256(tokenizer_json.encode()).hexdigest()
         self._byte_ids: list[int] = []
