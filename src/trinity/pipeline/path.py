@@ -92,7 +92,9 @@ def begin(run_dir: Path, config: RunConfig) -> None:
     text = to_toml(config)
     if settings.exists():
         if settings.read_text(encoding="utf-8") != text:
-            raise UserError(f"{run_dir} holds a run with other settings: choose another --run-dir, or --force to start over")
+            raise UserError(
+                f"{run_dir} holds a run with other settings: choose another --run-dir, or --force to start over"
+            )
         return
     if run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"{run_dir} exists and is not a run of this program: choose another --run-dir")

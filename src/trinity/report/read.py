@@ -44,7 +44,7 @@ class Stage:
 
     name: str
     path: Path
-    step_N: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # noqa: N815
+    step_N: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     scalars: dict[str, np.ndarray] = field(default_factory=dict)
     phases: list[tuple[int, str]] = field(default_factory=list)
     """(first step, name) of each run of equal phase names."""
