@@ -16,6 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Never raises, unless `--debug` is among the arguments.
     """
+    # Threads that spin at a barrier make a step up to fifty times slower when another program wants their core. Read
+    # by the OpenMP runtime when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in own  # taken out here, so that it may stand anywhere

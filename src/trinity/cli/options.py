@@ -1,6 +1,7 @@
 """Options that several verbs share, and the little that verbs do with them."""
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,11 @@ def is_main_process() -> bool:
     import os
 
     return os.environ.get("RANK", "0") == "0"
+
+
+def exit_status(reason: str) -> int:
+    """The status of a program that a signal ended: 128 + its number; `reason` names it."""
+    return 128 + (signal.SIGINT if "SIGINT" in reason else signal.SIGTERM)
 
 
 def note(text: str) -> None:

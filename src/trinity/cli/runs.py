@@ -14,6 +14,8 @@ from trinity.cli.options import (
     OverlayOption,
     RunDirOption,
     ShowOption,
+    exit_status,
+    note,
     print_json,
     print_rows,
     resolve_settings,
@@ -43,10 +45,17 @@ def demo(
         return
     from trinity.base.console import Console
     from trinity.pipeline import demo as pipeline
+    from trinity.pipeline.path import Interruption
 
-    summary = pipeline.run(run_dir, config, force=force, console=Console())
+    try:
+        summary = pipeline.run(run_dir, config, force=force, console=Console())
+    except Interruption as stop:
+        note(f"{stop}; the same command goes on from there")
+        raise typer.Exit(exit_status(str(stop))) from None
     if as_json:
         print_json(summary)
+    else:
+        print(pipeline.render(summary))
 
 
 def evaluate(

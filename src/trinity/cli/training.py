@@ -1,7 +1,6 @@
 """Verbs that train: pretrain, extend, sft, rl. The same command goes on with a run that was stopped."""
 
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from trinity.cli.options import (
     OverlayOption,
     SettingsArgument,
     ShowOption,
+    exit_status,
     is_main_process,
     note,
     print_json,
@@ -150,7 +150,7 @@ def _train(
         print(f"{run_dir}: {outcome.step:,} steps, {outcome.tokens:,} tokens; model in {result.model_dir}")
     if not outcome.finished:
         note(f"{outcome.reason}; the same command goes on from there")
-        raise typer.Exit(128 + (signal.SIGINT if "SIGINT" in outcome.reason else signal.SIGTERM))
+        raise typer.Exit(exit_status(outcome.reason))
 
 
 @dataclass(frozen=True)

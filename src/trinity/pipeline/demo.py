@@ -20,7 +20,7 @@ CHATS = "conversations.jsonl"
 def run(run_dir: Path, config: RunConfig, *, force: bool, console: Console) -> dict[str, Any]:
     """Everything from gathering texts to the report in `run_dir`; gone on with when it was left half-way.
 
-    Raises UserError for a directory of something else, and Interrupted when a signal ended a stage.
+    Raises UserError for a directory of something else, and Interruption when a signal ended a stage.
     """
     from trinity.report import write_report
 

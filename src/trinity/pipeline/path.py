@@ -27,7 +27,7 @@ STAGES = ("pretrain", "extend", "sft", "rl")
 WORKERS = 2
 
 
-class Interrupted(Exception):
+class Interruption(Exception):  # noqa: N818 - nothing went wrong
     """A signal ended a stage after saving; the same command goes on from there."""
 
 
@@ -42,8 +42,8 @@ def run_path(
 ) -> dict[str, Any]:
     """Take `corpus` (files with a domain column) to `run_dir/model`; returns what `run_dir/summary.json` holds.
 
-    `facts` (such as the corpus' fingerprint) are kept in the summary. Raises UserError when `run_dir` holds a run with other
-    settings, and Interrupted when a signal ended a stage.
+    `facts` (such as the corpus' fingerprint) are kept in the summary. Raises UserError when `run_dir` holds a run with
+    other settings, and Interruption when a signal ended a stage.
     """
     begin(run_dir, config)
     summary: dict[str, Any] = read_json(run_dir / "summary.json") if (run_dir / "summary.json").exists() else {}
@@ -160,7 +160,7 @@ def _run_stage(stage: str, config: RunConfig, run_dir: Path, start_from: Path | 
     with console.training(stage) as view:
         result: StageResult = run(config, run_dir, start_from=start_from, progress=view)
     if not result.train.finished:
-        raise Interrupted(result.train.reason)
+        raise Interruption(result.train.reason)
 
 
 def _export(run_dir: Path, console: Console) -> dict[str, Any]:
