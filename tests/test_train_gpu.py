@@ -17,12 +17,14 @@ from trinity.train.step import StepRunner
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings("default"),  # torch's compiler warns about itself
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
 
 def gpu_job(path: Path, poisoned: list[int], *overrides: str) -> TrainJob:
-    config = small_config('runtime.device="cuda"', 'runtime.dtype="bfloat16"', *overrides)
+    cuda = ('runtime.device="cuda"', 'runtime.dtype="bfloat16"', "model.head_dim=16")  # FlexAttention's smallest
+    config = small_config(*cuda, *overrides)
     source = MadeUpSource(config, StepPlan.pretrain(config.pretrain))
     with torch.device("cuda"):
         model = Transformer(config.model)

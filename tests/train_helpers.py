@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from trinity.base import dist
+from trinity.base.errors import UserError
 from trinity.base.rundir import RunDir
 from trinity.config import RunConfig, resolve
 from trinity.data.rows import Chunk, Rows, empty_rows, finish_row
@@ -51,14 +53,15 @@ class MadeUpSource:
         settings = self.config.pretrain
         draws = np.random.default_rng([7, self.handed_out])
         rows = empty_rows(self.plan[step].rows, settings.seq_len)
-        for row in range(len(rows)):
+        for row in range(len(rows)):  # the same on every rank, which then takes its own
             start = draws.integers(0, 40)
             rows.tokens_BT[row] = (start + np.arange(settings.seq_len)) % self.config.model.vocab_size
             rows.targets_BT[row] = (rows.tokens_BT[row] + 1) % self.config.model.vocab_size
             rows.targets_BT[row, : draws.integers(0, 4)] = -100
             finish_row(rows, row, [Chunk(self.handed_out * 100 + row, 0, settings.seq_len)])
         self.handed_out += 1
-        return rows.split(settings.micro_rows)
+        mine = rows[dist.rank() :: dist.world_size()]
+        return mine.split(settings.micro_rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {"handed_out": self.handed_out}
@@ -139,12 +142,24 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("path", type=Path)
     parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--store", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = small_config(*arguments.overrides)
     job = small_job(arguments.path, config, source=_Slow(config, StepPlan.pretrain(config.pretrain)))
     print("ready", flush=True)
-    result = train(job)
+    if arguments.ranks > 1:
+        store = torch.distributed.FileStore(str(arguments.store), arguments.ranks)
+        torch.distributed.init_process_group("gloo", store=store, rank=arguments.rank, world_size=arguments.ranks)
+    try:
+        result = train(job)
+    except UserError as error:
+        sys.exit(str(error))
+    finally:
+        if arguments.ranks > 1:
+            torch.distributed.destroy_process_group()
     print(result.reason, flush=True)
     sys.exit(0 if result.finished else 3)
 
