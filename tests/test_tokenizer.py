@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -102,6 +104,17 @@ def test_long_texts_are_encoded_in_parts(tokenizer: Tokenizer, monkeypatch: pyte
     whole = tokenizer.encode("".join(CORPUS))
     monkeypatch.setattr("trinity.tokenizer.tokenizer.PART_CHARACTERS", 50)
     assert tokenizer.encode("".join(CORPUS)) == whole
+    sizes: list[int] = []
+    inner = tokenizer._encode
+
+    def counted(backend: tokenizers.Tokenizer, parts: Sequence[str]) -> list[tokenizers.Encoding]:
+        sizes.extend(map(len, parts))
+        return inner(backend, parts)
+
+    monkeypatch.setattr(tokenizer, "_encode", counted)
+    tokenizer.encode_batch(["".join(CORPUS[:2])])
+    assert len(sizes) > 25
+    assert max(sizes) < 200
 
 
 @given(texts)

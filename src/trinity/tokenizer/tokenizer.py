@@ -58,9 +58,11 @@ class Tokenizer:
         self._plain = tokenizers.Tokenizer(self._full.model)
         if self._full.normalizer is not None:
             self._plain.normalizer = self._full.normalizer
-        if self._full.pre_tokenizer is not None:
-            self._plain.pre_tokenizer = self._full.pre_tokenizer
-        self._own_cuts = str(self._full.pre_tokenizer) == str(trinity_pre_tokenizer())
+        cuts = self._full.pre_tokenizer
+        if cuts is not None:
+            self._plain.pre_tokenizer = cuts
+        # The serialised form, for the printed one is shortened.
+        self._own_cuts = cuts is not None and cuts.__getstate__() == trinity_pre_tokenizer().__getstate__()
         added = self._full.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in added.items()}
         self._hidden = {i for i, token in added.items() if token.special}
