@@ -147,7 +147,8 @@ def _train(
             }
         )
     elif main and outcome.finished:
-        print(f"{run_dir}: {outcome.step:,} steps, {outcome.tokens:,} tokens; model in {result.model_dir}")
+        model = f"model in {result.model_dir}" if result.model_dir else "nothing was saved"
+        print(f"{run_dir}: {outcome.step:,} steps, {outcome.tokens:,} tokens; {model}")
     if not outcome.finished:
         note(f"{outcome.reason}; the same command goes on from there")
         raise typer.Exit(exit_status(outcome.reason))

@@ -76,6 +76,9 @@ class GuardConfig(Frozen):
 
 
 class CheckpointConfig(Frozen):
+    enabled: bool = True
+    """Off for measurements only: nothing is saved or exported, so a stopped run starts over and the guard has
+    nothing to roll back to."""
     every_steps: PositiveInt = 500
     keep_last: PositiveInt = 2
     keep_every: NonNegativeInt = 0

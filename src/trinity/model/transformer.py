@@ -1,5 +1,6 @@
 """The model: embedding, sandwich-normalised blocks, final norm, LM head."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -109,9 +110,9 @@ class Transformer(nn.Module):
         The values depend on seed, name and shape alone: neither on device, type nor order.
         """
         std = self.config.init_scale * self.config.dim**-0.5
-        for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:
-                fill(name, parameter, std, seed)
+        matrices = [(name, parameter) for name, parameter in self.named_parameters() if parameter.ndim > 1]
+        with ThreadPoolExecutor() as pool:  # one stream a matrix, so the order does not matter
+            list(pool.map(lambda entry: fill(entry[0], entry[1], std, seed), matrices))
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.weight.fill_(module.gain)

@@ -19,14 +19,15 @@ def stage_row(run_dir: Path, stage: str) -> dict[str, Any]:
     }
     if stage == "pretrain":
         row["phases"] = phase_losses(metrics)
+    if stage == "extend":
+        scores = [r["score"] for r in metrics if r["kind"] == "niah"]
+        row["niah"] = [round(score, 4) for score in scores]
+        row["what"] += f", MK-NIAH {scores[0]:.2f} to {scores[-1]:.2f}"
     return row
 
 
 def _measure(stage: str, metrics: list[dict[str, Any]], steps: list[dict[str, Any]]) -> dict[str, Any]:
     """The one figure that the stage is about, before and after it."""
-    if stage == "extend":
-        scores = [r["score"] for r in metrics if r["kind"] == "niah"]
-        return _before_after("MK-NIAH", scores)
     if stage == "rl":
         rewards = [r["reward"] for r in steps if "reward" in r]
         window = max(1, len(rewards) // 5)

@@ -42,6 +42,7 @@ def run(
     needles = niah_evaluation(
         stage, haystack(val_shards, stage.tokenizer, Half.EVALUATION), settings.niah_every, settings.stop_at
     )
+    heldout = heldout_evaluation(stage, ValidationRows(val_shards, settings.seq_len, settings.eval_rows))
     with TextSource(stage, train_shards, [phase], plan, settings.length_bias) as text:
         source = text
         if settings.niah_share:
@@ -57,13 +58,9 @@ def run(
             loss=language_model_loss,
             plan=plan,
             run_dir=stage.run,
-            evaluations=[
-                heldout_evaluation(stage, ValidationRows(val_shards, settings.seq_len, settings.eval_rows)),
-                sample_evaluation(stage, beginnings(val_shards)),
-                needles,
-            ],
+            evaluations=[heldout, sample_evaluation(stage, beginnings(val_shards)), needles],
             describe=source.describe,
             fingerprints={"tokenizer": stage.tokenizer.fingerprint, "shards": train_shards.fingerprint},
             progress=progress,
         )
-        return run_stage(stage, job, before=[needles])
+        return run_stage(stage, job, before=[heldout, needles])

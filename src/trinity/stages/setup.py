@@ -1,9 +1,11 @@
 """What every stage does before and after its training loop: device, tokenizer, model, checks, export."""
 
 import os
+import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,7 +48,20 @@ class Stage:
 class StageResult:
     train: TrainResult
     model_dir: Path | None
-    """The export of the final weights; None when the stage was interrupted."""
+    """The export of the final weights; None when the stage was interrupted or saves nothing."""
+
+
+def about(stage: Stage) -> dict[str, Any]:
+    """Environment, and the path that each operation takes, for the start event."""
+    device = torch.cuda.get_device_name(stage.device) if stage.device.type == "cuda" else platform.processor() or "cpu"
+    environment = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "ranks": dist.world_size(),
+    }
+    return {"environment": environment, "paths": stage.model.paths(stage.model.layout((1, stage.settings.seq_len)))}
 
 
 def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | None) -> Stage:
@@ -156,8 +171,8 @@ def run_stage(stage: Stage, job: TrainJob, before: Sequence[Evaluation] = ()) ->
                 for record in outcome.metrics:
                     stage.run.append_metric({"stage": stage.name, "step": 0, **record})
                     job.progress.on_metric({"stage": stage.name, "step": 0, **record})
-    result = train(job)
-    if not result.finished:
+    result = train(replace(job, about=about(stage)))
+    if not (result.finished and stage.config.checkpoint.enabled):
         return StageResult(result, None)
     if dist.is_main():
         dtype = torch.float32 if stage.config.runtime.dtype == "float32" else torch.bfloat16

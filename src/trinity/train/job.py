@@ -118,6 +118,8 @@ class TrainJob:
     """Further fields of a step's record that are known on the host, such as the mean reward of its rollouts."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """Of what the run depends on (tokenizer, shards): a checkpoint with others is refused."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the start and resume events: the environment, the path that each operation takes."""
     progress: Progress = field(default_factory=Silent)
 
 

@@ -127,7 +127,8 @@ class _Loop:
 
     def _leave(self, signal: str) -> TrainResult:
         self._wait_for_writer()
-        reason = f"stopped by {signal} after step {self.step}; checkpoint of step {self.saved_step} is saved"
+        kept = f"checkpoint of step {self.saved_step} is saved" if self.saved_step >= 0 else "nothing is saved"
+        reason = f"stopped by {signal} after step {self.step}; {kept}"
         self._event("stop", reason=reason, checkpoint=self.saved_step)
         return self._result(reason)
 
@@ -331,6 +332,8 @@ class _Loop:
     # Saving and restoring
 
     def _save(self, *, wait: bool) -> None:
+        if not self.job.config.checkpoint.enabled:
+            return
         state = {
             "step": self.step,
             "tokens": self._tokens(),
@@ -367,7 +370,7 @@ class _Loop:
         if path is not None:
             self._restore(path)
         self._forget_records()
-        peak = {"peak_flops": self.peak, "peak_source": self.peak_source}
+        peak = {"peak_flops": self.peak, "peak_source": self.peak_source, **job.about}
         if path is None:
             parameters = sum(p.numel() for p in job.model.parameters())
             self._event("start", parameters=parameters, steps=len(job.plan), **peak)
