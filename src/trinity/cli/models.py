@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from trinity.base.errors import UsageError, UserError
-from trinity.cli.options import DeviceOption, DtypeOption, ForceOption, JsonOption, note, print_json
+from trinity.cli.options import DeviceOption, DtypeOption, ForceOption, JsonOption, note, print_json, read_text
 
 ModelArgument = Annotated[Path, typer.Argument(help="Model directory, run directory or checkpoint.", metavar="PATH")]
 OutOption = Annotated[Path, typer.Option("--out", help="Directory to write.", metavar="DIR")]
@@ -35,7 +35,7 @@ def generate(
     """Continue a text; it appears as it is generated."""
     import trinity
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_text(prompt)
     model, tokenizer = trinity.load(path, device=device, dtype=dtype)
     answer = trinity.generate(
         model,

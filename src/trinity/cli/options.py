@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trinity.base.errors import UsageError
+from trinity.base.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from trinity.config import Origin, RunConfig
@@ -58,12 +58,13 @@ def resolve_settings(
 
     Raises UsageError when there is neither.
     """
+    from trinity.base.rundir import find_settings
     from trinity.config import list_presets, resolve
 
     words = list(settings or ())
     if words and "=" not in words[0]:
         return resolve(words[0], overlays or (), words[1:])
-    inherited = _run_settings(start_from) if start_from is not None else None
+    inherited = find_settings(start_from) if start_from is not None else None
     if inherited is None:
         presets = ", ".join(list_presets())
         raise UsageError(f"name a preset ({presets}) or a .toml file before the key=value settings")
@@ -93,18 +94,19 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def read_text(text: str) -> str:
+    """`text`, or standard input for "-". Raises UserError when that is not UTF-8."""
+    if text != "-":
+        return text
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8: {error}") from None
+
+
 def note(text: str) -> None:
     """A line for the person, on standard error."""
     print(text, file=sys.stderr)
-
-
-def _run_settings(path: Path) -> Path | None:
-    """run.toml of a run, of the run around a checkpoint or an exported model, or of a pipeline's last stage."""
-    stages = [path / stage for stage in ("rl", "sft", "extend", "pretrain")]
-    for folder in (path, path.parent, path.parent.parent, *stages):
-        if (folder / "run.toml").is_file():
-            return folder / "run.toml"
-    return None
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from trinity.base.errors import UsageError, nearest
-from trinity.config.run import RunConfig
+from trinity.config.base import Frozen
+from trinity.config.run import EvalConfig, RunConfig
 
 
 class Origin(NamedTuple):
@@ -50,6 +51,22 @@ def resolve(
         raise UsageError(_explain(error.errors()[0], sources)) from None
     origins = {key: Origin(value, sources.get(key, "default")) for key, value in _leaves(config)}
     return config, origins
+
+
+class _EvalOnly(Frozen):
+    eval: EvalConfig
+
+
+def override_eval(base: EvalConfig, overrides: Sequence[str]) -> tuple[EvalConfig, frozenset[str]]:
+    """`base` with `eval.KEY=VALUE` overrides, and the keys that they set. Raises UsageError as `resolve` does."""
+    merged: dict[str, Any] = {"eval": base.model_dump()}
+    sources: dict[str, str] = {}
+    _merge(merged, _parse_overrides(overrides), _EvalOnly, (), "command line", sources)
+    try:
+        config = _EvalOnly.model_validate(merged).eval
+    except ValidationError as error:
+        raise UsageError(_explain(error.errors()[0], sources)) from None
+    return config, frozenset(key.removeprefix("eval.") for key in sources)
 
 
 def to_toml(config: RunConfig) -> str:

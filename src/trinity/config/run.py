@@ -194,8 +194,8 @@ class RLConfig(StageConfig):
     group: Annotated[int, Field(ge=2)] = 8
     """Samples of one prompt, whose mean reward is the baseline."""
     updates: PositiveInt = 1
-    """Optimizer steps of one rollout, each on prompts_per_step prompts of its own. Beyond 1 the later ones are off-policy,
-    which is what the clip is for."""
+    """Optimizer steps of one rollout, each on prompts_per_step prompts of its own. Beyond 1 the later ones are
+    off-policy, which is what the clip is for."""
     max_new_tokens: PositiveInt = 64
     temperature: PositiveFloat = 1.0
     clip_low: Fraction = 0.2

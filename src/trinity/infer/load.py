@@ -11,13 +11,12 @@ from safetensors import SafetensorError, safe_open
 
 from trinity.base.errors import UserError
 from trinity.base.files import read_json
+from trinity.base.rundir import STAGES
 from trinity.config import ModelConfig, resolve
 from trinity.export.reading import iterate_state, read_config
 from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
 
-STAGES = ("rl", "sft", "extend", "pretrain")
-"""Stages of a pipeline directory, the last one first."""
 CHECKPOINT = re.compile(r"step-\d{8,}")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

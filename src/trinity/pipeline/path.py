@@ -27,7 +27,7 @@ STAGES = ("pretrain", "extend", "sft", "rl")
 WORKERS = 2
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  (no error: everything is saved)
     """A signal ended a stage after saving; the same command goes on from there."""
 
 
@@ -42,8 +42,8 @@ def run_path(
 ) -> dict[str, Any]:
     """Take `corpus` (files with a domain column) to `run_dir/model`; returns what `run_dir/summary.json` holds.
 
-    `facts` (such as the corpus' fingerprint) are kept in the summary. Raises UserError when `run_dir` holds a run with other
-    settings, and Interrupted when a signal ended a stage.
+    `facts` (such as the corpus' fingerprint) are kept in the summary. Raises UserError when `run_dir` holds a
+    run with other settings, and Interrupted when a signal ended a stage.
     """
     begin(run_dir, config)
     summary: dict[str, Any] = read_json(run_dir / "summary.json") if (run_dir / "summary.json").exists() else {}
