@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from trinity.base.errors import UserError
-from trinity.cli.options import ForceOption, JsonOption, note, print_json, print_rows, read_text
+from trinity.cli.options import ForceOption, JsonOption, check_output, note, print_json, print_rows, read_text
 
 InputsArgument = Annotated[
     list[str],
@@ -31,6 +31,7 @@ def train_tokenizer(
     """Learn a byte-level BPE vocabulary from text."""
     if (out / "tokenizer.json").exists() and not force:
         raise UserError(f"{out} already holds a tokenizer; --force replaces it")
+    check_output(out)
     from trinity.base.console import Console
     from trinity.config import TokenizerConfig
     from trinity.data.corpus import Input, list_files, read_documents
@@ -42,6 +43,8 @@ def train_tokenizer(
     with Console().progress("Learning the vocabulary", total=min(total, sample_bytes), unit="B") as progress:
         tokenizer = train(texts, settings, progress=progress.set, total_bytes=total)
     tokenizer.save(out)
+    if tokenizer.vocab_size < vocab_size:
+        note(f"the text gave {tokenizer.vocab_size:,} of {vocab_size:,} entries: no other pair of tokens occurs twice")
     result = {"directory": str(out), "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
     if as_json:
         print_json(result)
@@ -101,6 +104,7 @@ def prepare(
     as_json: JsonOption = False,
 ) -> None:
     """Turn documents into shards of tokens, with a held-out split; the same command goes on after a stop."""
+    check_output(out)
     from trinity.base.console import Console
     from trinity.data.prepare import Progress
     from trinity.data.prepare import prepare as run

@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from trinity.base.errors import UsageError, UserError
-from trinity.cli.options import DeviceOption, DtypeOption, ForceOption, JsonOption, note, print_json, read_text
+from trinity.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    ForceOption,
+    JsonOption,
+    check_output,
+    note,
+    print_json,
+    read_text,
+)
 
 ModelArgument = Annotated[Path, typer.Argument(help="Model directory, run directory or checkpoint.", metavar="PATH")]
 OutOption = Annotated[Path, typer.Option("--out", help="Directory to write.", metavar="DIR")]
@@ -113,6 +122,7 @@ def export(
     import trinity
     from trinity.export import export_afmoe
 
+    check_output(out)
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in types:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(types)}")

@@ -67,7 +67,8 @@ def resolve_settings(
     inherited = find_settings(start_from) if start_from is not None else None
     if inherited is None:
         presets = ", ".join(list_presets())
-        raise UsageError(f"name a preset ({presets}) or a .toml file before the key=value settings")
+        why = f"{start_from} has no run.toml to take settings from: " if start_from is not None else ""
+        raise UsageError(f"{why}name a preset ({presets}) or a .toml file before the key=value settings")
     return resolve(str(inherited), overlays or (), words)
 
 
@@ -85,6 +86,19 @@ def write_origins(run_dir: Path, origins: "dict[str, Origin]") -> None:
     from trinity.base.files import write_json
 
     write_json(run_dir / "origins.json", {key: origin.source for key, origin in origins.items()})
+
+
+def check_output(path: Path) -> None:
+    """Refuse a directory that cannot be written, before the work that would be written there. Raises UserError."""
+    import os
+
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{path} cannot be a directory: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: no permission in {place}")
 
 
 def is_main_process() -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trinity.base.errors import UsageError
+from trinity.base.errors import UsageError, UserError
 from trinity.cli.options import (
     ForceOption,
     FromOption,
@@ -114,14 +114,14 @@ def _train(
     force: bool,
     as_json: bool,
 ) -> None:
+    if start_from is not None and not start_from.exists():
+        raise UsageError(f"--from {start_from}: there is no such directory")
     config, origins = resolve_settings(settings, overlays, start_from)
     if show:
         show_settings(origins, as_json)
         return
     if run_dir is None:
         raise UsageError("name the directory of the run: --run-dir DIR")
-    if start_from is not None and not start_from.exists():
-        raise UsageError(f"--from {start_from}: there is no such directory")
     if force and is_main_process():
         start_over(run_dir, start_from)
     from trinity.base.console import Console
@@ -182,12 +182,16 @@ def _stage_function(stage: str) -> "Callable[..., Any]":
 def start_over(run_dir: Path, start_from: Path | None = None) -> None:
     """Remove what a run left in `run_dir`, and nothing else.
 
-    Raises UsageError when `start_from` lies inside it, and UserError when another process is writing the run.
+    Raises UsageError when `start_from` lies inside it, and UserError when another process is writing the run or when
+    the directory is no run's.
     """
-    if not run_dir.exists():
+    if not run_dir.is_dir():
         return
     if start_from is not None and start_from.resolve().is_relative_to(run_dir.resolve()):
         raise UsageError(f"--force would remove {start_from}, which --from needs: choose another --run-dir")
+    ours = [name for name in RUN_FOLDERS if (run_dir / name).exists()]
+    if ours and not any((run_dir / name).is_file() for name in RUN_FILES):
+        raise UserError(f"{run_dir / ours[0]} is there, but {run_dir} is no run directory: choose another --run-dir")
     from trinity.base.rundir import RunDir
 
     with RunDir(run_dir).lock():

@@ -151,8 +151,8 @@ def _merge(
         if key not in schema.model_fields:
             where = f"section [{'.'.join(path)}]" if path else "the settings"
             raise UsageError(
-                f"{source}: {where} has no key {key!r}{nearest(key, schema.model_fields)}; "
-                f"it has {', '.join(schema.model_fields)}"
+                f"{source}: {where} has no key {key!r}; "
+                f"it has {', '.join(schema.model_fields)}{nearest(key, schema.model_fields)}"
             )
         section = _section(schema.model_fields[key].annotation)
         if section is None:
@@ -191,8 +191,10 @@ def _explain(error: ErrorDetails, sources: Mapping[str, str]) -> str:
         allowed = str(error.get("ctx", {}).get("expected", ""))
         words = [w.strip(" '") for w in allowed.replace(" or ", ", ").split(",")]
         return f"{prefix}{key} = {value!r} is not one of {allowed}{nearest(str(value), words)}"
+    if error["type"] == "tuple_type":
+        return f"{prefix}{key} = {value!r} is no list; write it in brackets, such as '[\"{value}\"]'"
     if isinstance(value, dict):
-        return f"{prefix}{key}: {message}"
+        return f"{prefix}{key}: {message[0].lower()}{message[1:]}"
     return f"{prefix}{key} = {value!r}: {message[0].lower()}{message[1:]}"
 
 

@@ -109,7 +109,7 @@ class Phase(Frozen):
 
     name: str
     tokens: PositiveInt
-    weights: dict[str, PositiveFloat]
+    weights: Annotated[dict[str, PositiveFloat], Field(min_length=1)]
     """Share of the tokens by domain; normalised. A domain that the shards lack is refused."""
 
 

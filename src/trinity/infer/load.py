@@ -109,7 +109,8 @@ def _newest(run: Path) -> Path:
     )
     whole = [folder for folder in folders if (folder / "manifest.json").exists()]
     if not whole:
-        raise UserError(f"{run} has neither model/ nor a whole checkpoint in checkpoints/: nothing was saved yet")
+        state = f"none of its {len(folders)} checkpoints is whole" if folders else "nothing was saved yet"
+        raise UserError(f"{run} has neither model/ nor a whole checkpoint in checkpoints/: {state}")
     return whole[-1]
 
 

@@ -146,6 +146,8 @@ def run_stage(stage: Stage, job: TrainJob, before: Sequence[Evaluation] = ()) ->
     """Evaluate `before` the first step, train (or go on where the run was left), export the final weights to
     RUN/model."""
     fresh = not stage.run.read_events("start")
+    if fresh and stage.run.model.exists():  # it would be replaced at the end
+        raise UserError(f"{stage.run.model} exists already, but no run is recorded beside it: choose another --run-dir")
     stage.run.create()
     if fresh:
         stage.model.eval()
