@@ -98,6 +98,8 @@ def chat(
             for piece in answer:
                 _print_now(piece)
         except UserError as error:
+            if not sys.stdin.isatty():  # nobody is there to say it in other words
+                raise
             note(str(error))
         except KeyboardInterrupt:
             answer.close()
@@ -162,3 +164,5 @@ def _read_line() -> str | None:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8: {error}") from None

@@ -14,6 +14,7 @@ from trinity.cli.options import (
     OverlayOption,
     RunDirOption,
     ShowOption,
+    check_output,
     note,
     print_json,
     print_rows,
@@ -42,6 +43,7 @@ def demo(
     if show:
         show_settings(origins, as_json)
         return
+    check_output(run_dir)
     from trinity.base.console import Console
     from trinity.pipeline import demo as pipeline
 

@@ -17,6 +17,7 @@ from trinity.cli.options import (
     OverlayOption,
     SettingsArgument,
     ShowOption,
+    check_output,
     is_main_process,
     note,
     print_json,
@@ -122,6 +123,7 @@ def _train(
         return
     if run_dir is None:
         raise UsageError("name the directory of the run: --run-dir DIR")
+    check_output(run_dir)
     if force and is_main_process():
         start_over(run_dir, start_from)
     from trinity.base.console import Console

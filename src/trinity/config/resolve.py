@@ -149,9 +149,9 @@ def _merge(
         here = (*path, key)
         dotted = ".".join(here)
         if key not in schema.model_fields:
-            where = f"section [{'.'.join(path)}]" if path else "the settings"
+            where = f"section [{'.'.join(path)}] has" if path else "the settings have"
             raise UsageError(
-                f"{source}: {where} has no key {key!r}; "
+                f"{source}: {where} no key {key!r}; "
                 f"it has {', '.join(schema.model_fields)}{nearest(key, schema.model_fields)}"
             )
         section = _section(schema.model_fields[key].annotation)
@@ -191,6 +191,8 @@ def _explain(error: ErrorDetails, sources: Mapping[str, str]) -> str:
         allowed = str(error.get("ctx", {}).get("expected", ""))
         words = [w.strip(" '") for w in allowed.replace(" or ", ", ").split(",")]
         return f"{prefix}{key} = {value!r} is not one of {allowed}{nearest(str(value), words)}"
+    if error["type"] == "too_short":
+        return f"{prefix}{key} is empty; it needs at least one entry"
     if error["type"] == "tuple_type":
         return f"{prefix}{key} = {value!r} is no list; write it in brackets, such as '[\"{value}\"]'"
     if isinstance(value, dict):

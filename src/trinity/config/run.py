@@ -206,7 +206,7 @@ class RLConfig(StageConfig):
 
 
 class EvalConfig(Frozen):
-    niah_lengths: tuple[PositiveInt, ...] = (4096, 8192, 16384, 32768)
+    niah_lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (4096, 8192, 16384, 32768)
     niah_depths: PositiveInt = 5
     """Depths of the needle, evenly from the start to the end of the haystack."""
     niah_keys: PositiveInt = 4
