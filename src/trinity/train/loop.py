@@ -122,7 +122,8 @@ class _Loop:
         return self._result(self.finished)
 
     def close(self) -> None:
-        """Give the model its float32 parameters back; called however the run ends."""
+        """Give the model its float32 parameters back, and let a save under way end; called however the run ends."""
+        self.writer.join()
         self.masters.restore()
 
     def _leave(self, signal: str) -> TrainResult:
