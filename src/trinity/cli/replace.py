@@ -61,6 +61,6 @@ def set_aside(run_dir: Path, start_from: Path | None = None) -> Replaced | None:
         if not files:
             return None
         (run_dir / ASIDE).mkdir()
-        for name in (*folders, *files):  # run.toml last but for records: a kill in between leaves a run either way
+        for name in (*folders, *files):
             (run_dir / name).rename(run_dir / ASIDE / name)
     return replaced
