@@ -13,7 +13,7 @@ import pytest
 from fake_run import make_pipeline, make_stage
 from trinity.base.errors import UserError
 from trinity.cli import main, training
-from trinity.cli.training import start_over
+from trinity.cli.replace import set_aside
 
 VERBS = (
     """
@@ -211,8 +211,7 @@ def test_a_stopped_stage_says_how_to_go_on(
     assert "the same command goes on" in capsys.readouterr().err
 
 
-def test_start_over_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
-    pytest.importorskip("trinity.base.rundir", reason="the run directory is not there yet")
+def test_force_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     run = make_stage(tmp_path / "run", steps=20)
     (run / "notes.txt").write_text("mine")
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
@@ -220,8 +219,34 @@ def test_start_over_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     outside.mkdir()
     (outside / "keep").write_text("keep")
     (run / "model").symlink_to(outside)
-    start_over(run)
+    replaced = set_aside(run)
+    assert replaced is not None
+    replaced.remove()
     assert sorted(p.name for p in run.iterdir() if p.name != ".lock") == ["model", "notes.txt"]
     assert (outside / "keep").exists()
     with pytest.raises(UserError, match="--from"):
-        start_over(run, run / "model-of-old")
+        set_aside(run, run / "model-of-old")
+
+
+def test_what_force_set_aside_comes_back(tmp_path: Path) -> None:
+    run = make_stage(tmp_path / "run", steps=20)
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    before = sorted(str(p) for p in run.rglob("*") if p.name != ".lock")
+    replaced = set_aside(run)
+    assert replaced is not None
+    assert not (run / "run.toml").exists()
+    (run / "run.toml").write_text("of a run that could not begin")
+    (run / "checkpoints").mkdir()
+    replaced.restore()
+    assert sorted(str(p) for p in run.rglob("*") if p.name != ".lock") == before
+    assert "could not begin" not in (run / "run.toml").read_text()
+    assert set_aside(run) is not None
+    assert set_aside(run) is not None  # the first start was killed: its old run is found again
+
+
+def test_force_leaves_a_directory_that_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").write_text("mine")
+    with pytest.raises(UserError, match="no run directory"):
+        set_aside(tmp_path)
+    assert (tmp_path / "model" / "mine").exists()

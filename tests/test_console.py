@@ -55,6 +55,15 @@ def test_failure_is_not_called_done() -> None:
     stream = io.StringIO()
     with pytest.raises(RuntimeError), Console(stream).progress("Reading", total=2):
         raise RuntimeError
+    assert stream.getvalue() == ""  # nothing was done, and the error speaks for itself
+
+    def fail_in_the_middle() -> None:
+        with Console(stream).progress("Reading", total=2) as progress:
+            progress.advance()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_in_the_middle()
     assert "stopped in" in stream.getvalue()
 
 

@@ -158,7 +158,7 @@ class Progress:
             if self._owns_live:
                 live.stop()
                 self.console._live = None
-        elif not self.console.interactive:
+        elif not self.console.interactive and (kind is None or self.done):
             ending = "done" if kind is None else "stopped"
             self._line(f"{ending} in {duration(self.console.clock() - self._start)}")
 

@@ -64,10 +64,15 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one record as one line in a single write."""
+    """Append one record as one line in a single write. Raises UserError when the disk is full."""
     line = (json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
-    with path.open("ab") as file:
-        file.write(line)
+    try:
+        with path.open("ab") as file:
+            file.write(line)
+    except OSError as error:
+        if error.errno in FULL:
+            raise UserError(f"the disk is full: {path} could not be continued") from error
+        raise
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

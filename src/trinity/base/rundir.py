@@ -20,6 +20,9 @@ from typing import Any, Self
 from trinity.base.errors import UserError
 from trinity.base.files import append_jsonl, atomic_write, read_jsonl
 
+STAGES = ("rl", "sft", "extend", "pretrain")
+"""Stages of a pipeline directory, the last one first."""
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -122,6 +125,17 @@ class RunDir:
             if path.exists():
                 with path.open("ab") as file:
                     os.fsync(file.fileno())
+
+
+def find_settings(path: Path) -> Path | None:
+    """run.toml of a run, of the run around a checkpoint or an exported model, or of a pipeline's last stage."""
+    around = [path.parent] if path.name == "model" else []
+    if path.parent.name == "checkpoints":
+        around = [path.parent.parent]
+    for folder in (path, *around, *(path / stage for stage in STAGES)):
+        if (folder / "run.toml").is_file():
+            return folder / "run.toml"
+    return None
 
 
 class RunLock:

@@ -1,14 +1,13 @@
 """Verbs of text and tokens: tokenizer train|show, data prepare|inspect|verify."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from trinity.base.errors import UsageError, UserError
-from trinity.cli.options import ForceOption, JsonOption, note, print_json, print_rows
+from trinity.base.errors import UserError
+from trinity.cli.options import ForceOption, JsonOption, check_output, note, print_json, print_rows, read_text
 
 InputsArgument = Annotated[
     list[str],
@@ -32,6 +31,7 @@ def train_tokenizer(
     """Learn a byte-level BPE vocabulary from text."""
     if (out / "tokenizer.json").exists() and not force:
         raise UserError(f"{out} already holds a tokenizer; --force replaces it")
+    check_output(out)
     from trinity.base.console import Console
     from trinity.config import TokenizerConfig
     from trinity.data.corpus import Input, list_files, read_documents
@@ -43,6 +43,8 @@ def train_tokenizer(
     with Console().progress("Learning the vocabulary", total=min(total, sample_bytes), unit="B") as progress:
         tokenizer = train(texts, settings, progress=progress.set, total_bytes=total)
     tokenizer.save(out)
+    if tokenizer.vocab_size < vocab_size:
+        note(f"the text gave {tokenizer.vocab_size:,} of {vocab_size:,} entries: no other pair of tokens occurs twice")
     result = {"directory": str(out), "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
     if as_json:
         print_json(result)
@@ -57,6 +59,7 @@ def show_tokenizer(
 ) -> None:
     """Tell a tokenizer's size and special tokens, and how it cuts a text."""
     from trinity.tokenizer import Tokenizer
+    from trinity.tokenizer.report import show_splits
 
     tokenizer = Tokenizer.load(directory)
     result: dict[str, Any] = {
@@ -66,8 +69,8 @@ def show_tokenizer(
         "pad_id": tokenizer.pad_id,
         "fingerprint": tokenizer.fingerprint,
     }
-    if text is not None:
-        whole = sys.stdin.read() if text == "-" else text
+    whole = read_text(text) if text is not None else None
+    if whole is not None:
         ids = tokenizer.encode(whole)
         result["tokens"] = [{"id": i, "text": tokenizer.decode([i])} for i in ids]
         result["bytes_per_token"] = round(len(whole.encode()) / max(1, len(ids)), 3)
@@ -76,9 +79,9 @@ def show_tokenizer(
         return
     tokens = result.pop("tokens", None)
     print_rows(("property", "value"), [(key, str(value)) for key, value in result.items()])
-    if tokens is not None:
-        print()
-        print_rows(("id", "token"), [(token["id"], repr(token["text"])) for token in tokens])
+    if whole is not None and tokens is not None:
+        print(f"\n{len(tokens):,} tokens: {' '.join(str(token['id']) for token in tokens)}")
+        print(show_splits(whole, tokenizer))
 
 
 def prepare(
@@ -101,6 +104,7 @@ def prepare(
     as_json: JsonOption = False,
 ) -> None:
     """Turn documents into shards of tokens, with a held-out split; the same command goes on after a stop."""
+    check_output(out)
     from trinity.base.console import Console
     from trinity.data.prepare import Progress
     from trinity.data.prepare import prepare as run
@@ -147,55 +151,34 @@ def prepare(
         note(f"{made.passed_over} files of unknown type were passed over")
 
 
-def inspect(directory: ShardsArgument, as_json: JsonOption = False) -> None:
-    """Documents, tokens and lengths of shards by split and domain."""
-    import numpy as np
+def inspect(
+    directory: ShardsArgument,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Tokenizer of the shards, to show documents.", metavar="DIR")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Documents to show; needs --tokenizer.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """What shards hold by split: domains, sources, lengths, dropped documents and samples."""
+    from trinity.data.inspect import inspect_shards
+    from trinity.tokenizer import Tokenizer
 
-    from trinity.data.shards import Shards
-
-    rows: list[dict[str, Any]] = []
-    for split, folder in _splits(directory).items():
-        shards = Shards.open(folder)
-        for number, domain in enumerate(shards.domains):
-            lengths = np.sort(np.asarray(shards.lengths)[np.asarray(shards.domain_ids) == number])
-            if lengths.size:
-                rows.append(
-                    {
-                        "split": split,
-                        "domain": domain,
-                        "documents": int(lengths.size),
-                        "tokens": int(lengths.sum()),
-                        "median_length": int(np.median(lengths)),
-                        "longest": int(lengths[-1]),
-                    }
-                )
+    found = inspect_shards(directory, None if tokenizer is None else Tokenizer.load(tokenizer), samples)
     if as_json:
-        print_json(rows)
+        print_json(found.to_json())
     else:
-        print_rows(("split", "domain", "documents", "tokens", "median", "longest"), [tuple(r.values()) for r in rows])
+        print(found.render())
 
 
 def verify(directory: ShardsArgument, as_json: JsonOption = False) -> None:
     """Read every byte of shards against its checksum."""
-    from trinity.data.shards import Shards
+    from trinity.data.inspect import verify_shards
 
-    failures = {split: list(Shards.open(folder).failures()) for split, folder in _splits(directory).items()}
+    failures = verify_shards(directory)
     if as_json:
-        print_json(failures)
-    for split, found in failures.items():
-        if not as_json:
-            print(f"{split}: {'whole' if not found else 'damaged'}")
-        for failure in found:
-            note(failure)
-    if any(failures.values()):
-        raise UserError(f"{directory} is damaged; prepare it again")
-
-
-def _splits(directory: Path) -> dict[str, Path]:
-    """The shard directories of a path: its `train` and `val`, or itself."""
-    both = {name: directory / name for name in ("train", "val") if (directory / name).is_dir()}
-    if both:
-        return both
-    if not directory.is_dir():
-        raise UsageError(f"there is no directory {directory}")
-    return {directory.name: directory}
+        print_json({"directory": str(directory), "failures": failures})
+    elif not failures:
+        print(f"{directory}: whole")
+    if failures:
+        more = f" ({len(failures)} failures in all; --json lists them)" if len(failures) > 1 else ""
+        raise UserError(f"{failures[0]}{more}")

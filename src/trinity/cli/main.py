@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from trinity.base.errors import UsageError, UserError
+from trinity.base.files import FULL
 from trinity.cli.app import app
 
 
@@ -45,6 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug or (error.name or "").split(".")[0] == "trinity":
             raise
         return _fail(f"this needs the package {error.name!r}, which is not installed: pip install {error.name}", 1)
+    except OSError as error:  # no permission, a disk that fails: not foreseen by the verb, but no bug either
+        if debug:
+            raise
+        if error.errno in FULL:
+            return _fail(f"the disk is full{f': {error.filename}' if error.filename else ''}", 1)
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except Exception as error:
         if debug:
             raise
@@ -75,5 +82,6 @@ def _usage(error: typer.TyperException) -> int:
     if message.startswith("Usage:"):  # a group without a verb: its help is the answer
         print(message, file=sys.stderr)
         return 2
-    end = "" if message.endswith((".", "?", ")")) else ";"
+    message = message.removesuffix(".")
+    end = "" if message.endswith(("?", ")")) else ";"
     return _fail(f"{message[0].lower()}{message[1:]}{end} see {path} --help", error.exit_code)

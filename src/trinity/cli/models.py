@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from trinity.base.errors import UsageError, UserError
-from trinity.cli.options import DeviceOption, DtypeOption, ForceOption, JsonOption, note, print_json
+from trinity.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    ForceOption,
+    JsonOption,
+    check_output,
+    note,
+    print_json,
+    read_text,
+)
 
 ModelArgument = Annotated[Path, typer.Argument(help="Model directory, run directory or checkpoint.", metavar="PATH")]
 OutOption = Annotated[Path, typer.Option("--out", help="Directory to write.", metavar="DIR")]
@@ -35,7 +44,7 @@ def generate(
     """Continue a text; it appears as it is generated."""
     import trinity
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_text(prompt)
     model, tokenizer = trinity.load(path, device=device, dtype=dtype)
     answer = trinity.generate(
         model,
@@ -89,6 +98,8 @@ def chat(
             for piece in answer:
                 _print_now(piece)
         except UserError as error:
+            if not sys.stdin.isatty():  # nobody is there to say it in other words
+                raise
             note(str(error))
         except KeyboardInterrupt:
             answer.close()
@@ -113,6 +124,7 @@ def export(
     import trinity
     from trinity.export import export_afmoe
 
+    check_output(out)
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in types:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(types)}")
@@ -152,3 +164,5 @@ def _read_line() -> str | None:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8: {error}") from None

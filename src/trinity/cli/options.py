@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trinity.base.errors import UsageError
+from trinity.base.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from trinity.config import Origin, RunConfig
@@ -59,15 +59,17 @@ def resolve_settings(
 
     Raises UsageError when there is neither.
     """
+    from trinity.base.rundir import find_settings
     from trinity.config import list_presets, resolve
 
     words = list(settings or ())
     if words and "=" not in words[0]:
         return resolve(words[0], overlays or (), words[1:])
-    inherited = _run_settings(start_from) if start_from is not None else None
+    inherited = find_settings(start_from) if start_from is not None else None
     if inherited is None:
         presets = ", ".join(list_presets())
-        raise UsageError(f"name a preset ({presets}) or a .toml file before the key=value settings")
+        why = f"{start_from} has no run.toml to take settings from: " if start_from is not None else ""
+        raise UsageError(f"{why}name a preset ({presets}) or a .toml file before the key=value settings")
     return resolve(str(inherited), overlays or (), words)
 
 
@@ -87,6 +89,19 @@ def write_origins(run_dir: Path, origins: "dict[str, Origin]") -> None:
     write_json(run_dir / "origins.json", {key: origin.source for key, origin in origins.items()})
 
 
+def check_output(path: Path) -> None:
+    """Refuse a directory that cannot be written, before the work that would be written there. Raises UserError."""
+    import os
+
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{path} cannot be a directory: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: no permission in {place}")
+
+
 def is_main_process() -> bool:
     """Whether this process, of those that torchrun started, speaks and writes."""
     import os
@@ -99,18 +114,19 @@ def exit_status(reason: str) -> int:
     return 128 + (signal.SIGINT if "SIGINT" in reason else signal.SIGTERM)
 
 
+def read_text(text: str) -> str:
+    """`text`, or standard input for "-". Raises UserError when that is not UTF-8."""
+    if text != "-":
+        return text
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8: {error}") from None
+
+
 def note(text: str) -> None:
     """A line for the person, on standard error."""
     print(text, file=sys.stderr)
-
-
-def _run_settings(path: Path) -> Path | None:
-    """run.toml of a run, of the run around a checkpoint or an exported model, or of a pipeline's last stage."""
-    stages = [path / stage for stage in ("rl", "sft", "extend", "pretrain")]
-    for folder in (path, path.parent, path.parent.parent, *stages):
-        if (folder / "run.toml").is_file():
-            return folder / "run.toml"
-    return None
 
 
 def _plain(value: Any) -> Any:

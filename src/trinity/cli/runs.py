@@ -1,7 +1,7 @@
 """Verbs around runs: demo, eval, report, checkpoints ls|verify."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from trinity.cli.options import (
     RunDirOption,
     ShowOption,
     exit_status,
+    check_output,
     note,
     print_json,
     print_rows,
@@ -43,6 +44,7 @@ def demo(
     if show:
         show_settings(origins, as_json)
         return
+    check_output(run_dir)
     from trinity.base.console import Console
     from trinity.pipeline import demo as pipeline
     from trinity.pipeline.path import Interruption
@@ -61,11 +63,16 @@ def demo(
 def evaluate(
     path: Annotated[Path, typer.Argument(help="Model directory, run directory or checkpoint.", metavar="PATH")],
     task: Annotated[
-        list[str] | None, typer.Option("--task", help="niah, arithmetic or a task's name; may be repeated.")
+        list[str] | None,
+        typer.Option("--task", help="heldout, niah, arithmetic or arithmetic_chat; may be repeated. By default all."),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="Setting as key=value, such as eval.niah_samples=50.", metavar="KEY=VALUE"),
+    ] = None,
+    shards: Annotated[
+        Path | None,
+        typer.Option("--shards", help="Shards of `trinity data prepare`, for held-out loss.", metavar="DIR"),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -73,24 +80,45 @@ def evaluate(
 ) -> None:
     """Evaluate a model.
 
-    Retrieval in long contexts (niah), arithmetic and other tasks.
+    Held-out loss (with --shards), retrieval in long contexts (niah) and arithmetic. Settings are those of the run that
+    the model belongs to.
     """
-    from trinity import evals
+    from trinity.evals import evaluate_saved
 
-    records = evals.run(path, tasks=task or None, overrides=settings or [], device=device, dtype=dtype)
+    results = evaluate_saved(
+        path,
+        tasks=task or (),
+        overrides=settings or (),
+        shards=shards,
+        device=device,
+        dtype=dtype,
+        on_note=note,
+        on_result=lambda name, _: note(f"{name} is done"),
+    )
     if as_json:
-        print_json(records)
-        return
-    rows = [
-        (
-            r.get("name", r.get("kind")),
-            r.get("value", r.get("score")),
-            r.get("standard_error", ""),
-            r.get("samples", ""),
-        )
-        for r in records
-    ]
-    print_rows(("task", "score", "standard error", "samples"), rows)
+        print_json(results)
+    else:
+        print_rows(("task", "measure", "value", "standard error", "samples"), _score_rows(results))
+
+
+def _score_rows(results: dict[str, dict[str, Any]]) -> list[tuple[object, ...]]:
+    """Held-out loss and bits per byte by domain, retrieval by length, and the other scores."""
+    rows: list[tuple[object, ...]] = []
+    for name, result in results.items():
+        if name == "heldout":
+            for domain, part in {"all": result, **result["domains"]}.items():
+                rows.append((name, f"loss, {domain}", f"{part['loss']:.4f}", f"{part['standard_error']:.4f}", ""))
+                rows.append((name, f"bits per byte, {domain}", f"{part['bits_per_byte']:.4f}", "", ""))
+            continue
+        score = result["score"] if name == "niah" else result["value"]
+        rows.append((name, "share right", f"{score:.3f}", f"{result['standard_error']:.3f}", result["samples"]))
+        cells: dict[int, list[dict[str, Any]]] = {}
+        for cell in result.get("grid", ()):
+            cells.setdefault(cell["length"], []).append(cell)
+        for length, row in cells.items():
+            mean = sum(cell["score"] for cell in row) / len(row)
+            rows.append((name, f"at {length:,} tokens", f"{mean:.3f}", "", sum(cell["samples"] for cell in row)))
+    return rows
 
 
 def report(run: RunArgument, as_json: JsonOption = False) -> None:

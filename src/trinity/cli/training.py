@@ -17,6 +17,7 @@ from trinity.cli.options import (
     SettingsArgument,
     ShowOption,
     exit_status,
+    check_output,
     is_main_process,
     note,
     print_json,
@@ -24,6 +25,7 @@ from trinity.cli.options import (
     show_settings,
     write_origins,
 )
+from trinity.cli.replace import Replaced, set_aside
 
 if TYPE_CHECKING:
     from trinity.base.console import TrainingView
@@ -36,8 +38,6 @@ OptionalFrom = Annotated[
     Path | None,
     typer.Option("--from", help="Go on with the weights of a run directory or model directory.", metavar="PATH"),
 ]
-RUN_FILES = ("run.toml", "origins.json", "metrics.jsonl", "events.jsonl", "samples.jsonl", "report.html")
-RUN_FOLDERS = ("checkpoints", "model")
 
 
 def pretrain(
@@ -114,22 +114,27 @@ def _train(
     force: bool,
     as_json: bool,
 ) -> None:
+    if start_from is not None and not start_from.exists():
+        raise UsageError(f"--from {start_from}: there is no such directory")
     config, origins = resolve_settings(settings, overlays, start_from)
     if show:
         show_settings(origins, as_json)
         return
     if run_dir is None:
         raise UsageError("name the directory of the run: --run-dir DIR")
-    if start_from is not None and not start_from.exists():
-        raise UsageError(f"--from {start_from}: there is no such directory")
-    if force and is_main_process():
-        start_over(run_dir, start_from)
+    check_output(run_dir)
+    replaced = set_aside(run_dir, start_from) if force and is_main_process() else None
     from trinity.base.console import Console
 
     main = is_main_process()
     with Console(quiet=not main).training(stage) as view:
-        watch = _Watch(view, run_dir, origins)
-        result = _stage_function(stage)(config, run_dir, start_from=start_from, progress=watch)
+        watch = _Watch(view, run_dir, origins, replaced)
+        try:
+            result = _stage_function(stage)(config, run_dir, start_from=start_from, progress=watch)
+        except BaseException:
+            if replaced is not None:
+                replaced.restore()
+            raise
     outcome = result.train
     if main and as_json:
         model = str(result.model_dir) if result.model_dir else None
@@ -156,11 +161,13 @@ def _train(
 
 @dataclass(frozen=True)
 class _Watch:
-    """The console, and the origins of the settings written once the stage has taken the run directory."""
+    """The console; once the stage has taken the run directory the origins of the settings are written, and what
+    `--force` set aside is removed."""
 
     view: "TrainingView"
     run_dir: Path
     origins: "dict[str, Origin]"
+    replaced: Replaced | None
 
     def on_step(self, record: dict[str, Any]) -> None:
         self.view.on_step(record)
@@ -171,6 +178,8 @@ class _Watch:
     def on_event(self, record: dict[str, Any]) -> None:
         if record["event"] in ("start", "resume"):
             write_origins(self.run_dir, self.origins)
+            if self.replaced is not None:
+                self.replaced.remove()
         self.view.on_event(record)
 
 
@@ -178,22 +187,3 @@ def _stage_function(stage: str) -> "Callable[..., Any]":
     from trinity.stages import extend, pretrain, rl, sft
 
     return {"pretrain": pretrain.run, "extend": extend.run, "sft": sft.run, "rl": rl.run}[stage]
-
-
-def start_over(run_dir: Path, start_from: Path | None = None) -> None:
-    """Remove what a run left in `run_dir`, and nothing else.
-
-    Raises UsageError when `start_from` lies inside it, and UserError when another process is writing the run.
-    """
-    if not run_dir.exists():
-        return
-    if start_from is not None and start_from.resolve().is_relative_to(run_dir.resolve()):
-        raise UsageError(f"--force would remove {start_from}, which --from needs: choose another --run-dir")
-    from trinity.base.rundir import RunDir
-
-    with RunDir(run_dir).lock():
-        for name in RUN_FOLDERS:
-            if (run_dir / name).is_dir() and not (run_dir / name).is_symlink():
-                shutil.rmtree(run_dir / name)
-        for name in RUN_FILES:
-            (run_dir / name).unlink(missing_ok=True)

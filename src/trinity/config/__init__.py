@@ -1,7 +1,7 @@
 """Settings: typed, frozen, resolved from `preset + overlay + key=value`, each value with its origin. No torch."""
 
 from trinity.config.model import ModelConfig
-from trinity.config.resolve import Origin, list_presets, resolve, to_toml
+from trinity.config.resolve import Origin, list_presets, override_eval, resolve, to_toml
 from trinity.config.run import (
     BalanceConfig,
     CheckpointConfig,
@@ -43,6 +43,7 @@ __all__ = [
     "StageConfig",
     "TokenizerConfig",
     "list_presets",
+    "override_eval",
     "resolve",
     "to_toml",
 ]

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from trinity.base.errors import UsageError, nearest
-from trinity.config.run import RunConfig
+from trinity.config.base import Frozen
+from trinity.config.run import EvalConfig, RunConfig
 
 
 class Origin(NamedTuple):
@@ -50,6 +51,22 @@ def resolve(
         raise UsageError(_explain(error.errors()[0], sources)) from None
     origins = {key: Origin(value, sources.get(key, "default")) for key, value in _leaves(config)}
     return config, origins
+
+
+class _EvalOnly(Frozen):
+    eval: EvalConfig
+
+
+def override_eval(base: EvalConfig, overrides: Sequence[str]) -> tuple[EvalConfig, frozenset[str]]:
+    """`base` with `eval.KEY=VALUE` overrides, and the keys that they set. Raises UsageError as `resolve` does."""
+    merged: dict[str, Any] = {"eval": base.model_dump()}
+    sources: dict[str, str] = {}
+    _merge(merged, _parse_overrides(overrides), _EvalOnly, (), "command line", sources)
+    try:
+        config = _EvalOnly.model_validate(merged).eval
+    except ValidationError as error:
+        raise UsageError(_explain(error.errors()[0], sources)) from None
+    return config, frozenset(key.removeprefix("eval.") for key in sources)
 
 
 def to_toml(config: RunConfig) -> str:
@@ -132,10 +149,10 @@ def _merge(
         here = (*path, key)
         dotted = ".".join(here)
         if key not in schema.model_fields:
-            where = f"section [{'.'.join(path)}]" if path else "the settings"
+            where = f"section [{'.'.join(path)}] has" if path else "the settings have"
             raise UsageError(
-                f"{source}: {where} has no key {key!r}{nearest(key, schema.model_fields)}; "
-                f"it has {', '.join(schema.model_fields)}"
+                f"{source}: {where} no key {key!r}; "
+                f"it has {', '.join(schema.model_fields)}{nearest(key, schema.model_fields)}"
             )
         section = _section(schema.model_fields[key].annotation)
         if section is None:
@@ -174,8 +191,12 @@ def _explain(error: ErrorDetails, sources: Mapping[str, str]) -> str:
         allowed = str(error.get("ctx", {}).get("expected", ""))
         words = [w.strip(" '") for w in allowed.replace(" or ", ", ").split(",")]
         return f"{prefix}{key} = {value!r} is not one of {allowed}{nearest(str(value), words)}"
+    if error["type"] == "too_short":
+        return f"{prefix}{key} is empty; it needs at least one entry"
+    if error["type"] == "tuple_type":
+        return f"{prefix}{key} = {value!r} is no list; write it in brackets, such as '[\"{value}\"]'"
     if isinstance(value, dict):
-        return f"{prefix}{key}: {message}"
+        return f"{prefix}{key}: {message[0].lower()}{message[1:]}"
     return f"{prefix}{key} = {value!r}: {message[0].lower()}{message[1:]}"
 
 

@@ -112,7 +112,7 @@ class Phase(Frozen):
 
     name: str
     tokens: PositiveInt
-    weights: dict[str, PositiveFloat]
+    weights: Annotated[dict[str, PositiveFloat], Field(min_length=1)]
     """Share of the tokens by domain; normalised. A domain that the shards lack is refused."""
 
 
@@ -209,7 +209,7 @@ class RLConfig(StageConfig):
 
 
 class EvalConfig(Frozen):
-    niah_lengths: tuple[PositiveInt, ...] = (4096, 8192, 16384, 32768)
+    niah_lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (4096, 8192, 16384, 32768)
     niah_depths: PositiveInt = 5
     """Depths of the needle, evenly from the start to the end of the haystack."""
     niah_keys: PositiveInt = 4

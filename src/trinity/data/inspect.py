@@ -106,8 +106,9 @@ def verify_shards(directory: Path | str) -> list[str]:
 def split_directories(directory: Path | str) -> list[Path]:
     """The shard directory itself, or its `train` and `val`."""
     root = Path(directory)
-    splits = [root / name for name in ("train", "val") if (root / name).is_dir()]
-    return [root] if (root / MANIFEST).exists() or not splits else splits
+    splits = [root / name for name in ("train", "val")]
+    # Both where either is: a split that is gone is damage.
+    return [root] if (root / MANIFEST).exists() or not any(split.is_dir() for split in splits) else splits
 
 
 def _inspect(shards: Shards, tokenizer: Decoder | None, samples: int) -> SplitInspection:

@@ -138,7 +138,8 @@ def prepare(
             _run("encode", encode_unit, encode_jobs, (rules, work, out, tokenizer), len(units), workers, progress)
             return _finish(out, units, tokenizer, plan, drops, listing.passed_over)
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error}; what is done so far is kept") from error
+        what = error.strerror or str(error)
+        raise UserError(f"{out} cannot be written: {what}; what is done so far is kept") from error
 
 
 def _check_arguments(inputs: Sequence[Any], workers: int, val_fraction: float, unit_bytes: int | None) -> None:
@@ -196,16 +197,18 @@ def _claim(out: Path, plan: dict[str, Any], force: bool) -> bool:
         for name in (*SPLITS, WORK):  # the plan goes last: until then a kill leaves what `force` may remove
             shutil.rmtree(out / name, ignore_errors=True)
         present = set()
+    if started.exists() and {path.name for path in started.parent.iterdir()} == {started.name}:
+        started.unlink()  # nothing was done under that plan, such as when its inputs could not be read
     if finished.exists() or started.exists():
         before = read_json(finished)["plan"] if finished.exists() else read_json(started)
         difference = _difference(before, json.loads(json.dumps(plan)))
         if difference:
             raise UserError(
-                f"{out} was made differently: {difference}; name another directory, or start over with force"
+                f"{out} was made differently: {difference}; name another directory, or start over with --force"
             )
         return finished.exists()
     if present - {WORK}:
-        raise UserError(f"{out} holds shards that prepare did not finish and cannot continue; start over with force")
+        raise UserError(f"{out} holds shards that prepare did not finish and cannot continue; start over with --force")
     write_json(started, plan)
     return False
 
@@ -215,8 +218,12 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     if before["tokenizer"] != now["tokenizer"]:
         return f"by the tokenizer {before['tokenizer']:.12} and not {now['tokenizer']:.12}"
     for key, value in now["settings"].items():
-        if before["settings"].get(key) != value:
-            return f"with {key} = {before['settings'].get(key)} and not {value}"
+        had = before["settings"].get(key)
+        if isinstance(value, dict) and isinstance(had, dict):  # the columns
+            key = next((name for name in value if had.get(name) != value[name]), key)
+            had, value = had.get(key), value.get(key)
+        if had != value:
+            return f"with {key} = {had} and not {value}"
     old, new = ({(path, domain): rest for path, domain, *rest in plan["files"]} for plan in (before, now))
     for (path, domain), rest in new.items():
         if (path, domain) not in old:
@@ -309,7 +316,10 @@ def _finish(
 
 def _read_result(out: Path) -> Prepared:
     for split in SPLITS:
-        Shards.open(out / split)  # nothing is missing or cut
+        try:
+            Shards.open(out / split)  # nothing is missing or cut
+        except UserError as error:
+            raise UserError(f"{error}; prepare {out} anew with --force") from None
     shutil.rmtree(out / WORK, ignore_errors=True)  # a kill may have come before it
     result = {key: value for key, value in read_json(out / RESULT).items() if key != "plan"}
     return Prepared(out, **result)

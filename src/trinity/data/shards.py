@@ -207,6 +207,8 @@ def content_fingerprint(manifest: dict[str, Any], columns: dict[str, CheckedFile
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.exists():
+        if not directory.is_dir():
+            raise UserError(f"there is no directory {directory}; `trinity data prepare` writes shards")
         if (directory / "train" / MANIFEST).exists():
             raise UserError(
                 f"{directory} holds two shard directories; name {directory / 'train'} or {directory / 'val'}"

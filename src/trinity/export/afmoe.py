@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trinity.base.errors import UserError
-from trinity.base.files import sync_folder, write_json
+from trinity.base.files import FULL, sync_folder, write_json
 from trinity.config import ModelConfig
 from trinity.export.card import model_card
 from trinity.export.config import config_to_public
@@ -52,6 +52,7 @@ def export_afmoe(
         )
     if out_dir.exists() and not force:
         raise UserError(f"{out_dir} exists already; choose another directory or pass --force to replace it")
+    _check_replaceable(out_dir)
     public = config_to_public(
         config,
         dtype=DTYPES[dtype],
@@ -92,12 +93,28 @@ def _generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
     return {"eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.pad_id, "do_sample": False}
 
 
+def _check_replaceable(out_dir: Path) -> None:
+    """Only a model directory, or an empty one, may give way to another: raises UserError for everything else."""
+    if not out_dir.exists():
+        return
+    if not out_dir.is_dir():
+        raise UserError(f"{out_dir} is a file; name a directory")
+    inside = list(out_dir.iterdir())
+    folders = [path for path in inside if path.is_dir()]
+    if inside and (folders or not (out_dir / "config.json").exists()):
+        raise UserError(
+            f"{out_dir} holds {(folders or inside)[0].name}, which is no part of a model; it is not replaced"
+        )
+
+
 @contextmanager
 def _folder_aside(out_dir: Path) -> Iterator[Path]:
     """A new folder beside `out_dir` that takes its place when the block succeeds and is removed when it does not."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     folder = out_dir.with_name(f".{out_dir.name}.partial")
     old = out_dir.with_name(f".{out_dir.name}.old")
+    if old.exists() and not out_dir.exists():  # killed between the two renames below
+        old.rename(out_dir)
     for leftover in (folder, old):  # of an export that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     folder.mkdir()
@@ -106,7 +123,7 @@ def _folder_aside(out_dir: Path) -> Iterator[Path]:
         sync_folder(folder)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno == 28:
+        if isinstance(error, OSError) and error.errno in FULL:
             raise UserError(f"the disk is full: {out_dir} was not written") from error
         raise
     if out_dir.exists():

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trinity.base.errors import UserError
@@ -28,11 +29,20 @@ def write_weights(
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {piece.public: _value(state, piece, dtype) for piece in shard}
-        save_file(tensors, directory / name, metadata={"format": "pt"})
+        _save(tensors, directory / name)
         index |= dict.fromkeys(tensors, name)
         total += sum(_num_bytes(piece, dtype) for piece in shard)
     if len(shards) > 1:
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))})
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Raises UserError when the file cannot be written, such as on a full disk."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while serializing: ")
+        raise UserError(f"{path.name} could not be written beside its place: {reason}; nothing was replaced") from error
 
 
 def _value(state: Mapping[str, torch.Tensor], piece: Piece, dtype: torch.dtype) -> torch.Tensor:

@@ -9,15 +9,14 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from trinity.base.errors import UserError
+from trinity.base.errors import UsageError, UserError
 from trinity.base.files import read_json
+from trinity.base.rundir import STAGES
 from trinity.config import ModelConfig, resolve
 from trinity.export.reading import iterate_state, read_config
 from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
 
-STAGES = ("rl", "sft", "extend", "pretrain")
-"""Stages of a pipeline directory, the last one first."""
 CHECKPOINT = re.compile(r"step-\d{8,}")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,8 +42,9 @@ def load(
     CUDA where there is one; `dtype` None keeps the stored type. Raises UserError that names what is missing or wrong.
     """
     place = find(Path(path))
+    target = find_device(device)
     tokenizer = find_tokenizer(place)
-    model = _load_weights(place, device, dtype)
+    model = _load_weights(place, target, dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer of {path} has {tokenizer.vocab_size} entries, but its model only "
@@ -57,7 +57,20 @@ def load_model(
     path: Path | str, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> Transformer:
     """As `load`, for a path that need not have a tokenizer."""
-    return _load_weights(find(Path(path)), device, dtype)
+    return _load_weights(find(Path(path)), find_device(device), dtype)
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """`device`, by default a GPU if there is one. Raises UsageError when it is unknown or not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device {str(device)!r} is unknown: use cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {found} is not there: {torch.cuda.device_count()} GPUs are visible; use cpu")
+    return found
 
 
 def find(path: Path) -> Place:
@@ -85,6 +98,10 @@ def find(path: Path) -> Place:
     )
 
 
+def has_tokenizer(place: Place) -> bool:
+    return any((folder / "tokenizer.json").exists() for folder in place.tokenizers)
+
+
 def find_tokenizer(place: Place) -> Tokenizer:
     """The tokenizer beside a model. Raises UserError that lists where it was looked for."""
     for folder in place.tokenizers:
@@ -110,24 +127,23 @@ def _newest(run: Path) -> Path:
     )
     whole = [folder for folder in folders if (folder / "manifest.json").exists()]
     if not whole:
-        raise UserError(f"{run} has neither model/ nor a whole checkpoint in checkpoints/: nothing was saved yet")
+        state = f"none of its {len(folders)} checkpoints is whole" if folders else "nothing was saved yet"
+        raise UserError(f"{run} has neither model/ nor a whole checkpoint in checkpoints/: {state}")
     return whole[-1]
 
 
-def _load_weights(place: Place, device: str | torch.device | None, dtype: str | torch.dtype | None) -> Transformer:
+def _load_weights(place: Place, device: torch.device, dtype: str | torch.dtype | None) -> Transformer:
     if isinstance(dtype, str):
         if dtype not in DTYPES:
-            raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+            raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if place.run is None:
         config = read_config(place.weights)
         state = iterate_state(place.weights, config, dtype)
     else:
         config = resolve(str(place.run / "run.toml"))[0].model
         state = _checkpoint_state(place.weights, config, dtype)
-    return _build(config, state, torch.device(device))
+    return _build(config, state, device)
 
 
 def _build(config: ModelConfig, state: Iterable[tuple[str, torch.Tensor]], device: torch.device) -> Transformer:

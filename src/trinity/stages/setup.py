@@ -15,7 +15,7 @@ from trinity.base.rundir import RunDir
 from trinity.config import ModelConfig, RunConfig, StageConfig
 from trinity.data.shards import Shards
 from trinity.export.afmoe import export_afmoe
-from trinity.infer.load import load_model
+from trinity.infer.load import find, find_tokenizer, has_tokenizer, load_model
 from trinity.model.transformer import Transformer
 from trinity.optim.optimizer import MuonAdamW, build_optimizer
 from trinity.tokenizer import Tokenizer
@@ -86,6 +86,7 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
     if start_from is None:
         model.init_weights(config.runtime.seed)
     else:
+        check_tokenizer(tokenizer, config.data.tokenizer, start_from)
         load_weights(model, config.model, start_from)
     if not config.runtime.master_weights:
         model.to(getattr(torch, config.runtime.dtype))
@@ -111,6 +112,20 @@ def open_device(config: RunConfig) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def check_tokenizer(tokenizer: Tokenizer, where: str, start_from: Path) -> None:
+    """Raises UserError when the model of `start_from` was trained with another tokenizer: its embeddings would stand
+    for other texts."""
+    place = find(start_from)
+    if not has_tokenizer(place):
+        return
+    own = find_tokenizer(place)
+    if own.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"the model of {start_from} has another tokenizer ({own.vocab_size} entries) than data.tokenizer = {where} "
+            f"({tokenizer.vocab_size} entries): a stage goes on with the model's own"
+        )
 
 
 def load_weights(model: Transformer, config: ModelConfig, start_from: Path) -> None:
@@ -161,6 +176,8 @@ def run_stage(stage: Stage, job: TrainJob, before: Sequence[Evaluation] = ()) ->
     """Evaluate `before` the first step, train (or go on where the run was left), export the final weights to
     RUN/model."""
     fresh = not stage.run.read_events("start")
+    if fresh and stage.run.model.exists():  # it would be replaced at the end
+        raise UserError(f"{stage.run.model} exists already, but no run is recorded beside it: choose another --run-dir")
     stage.run.create()
     if fresh:
         stage.model.eval()

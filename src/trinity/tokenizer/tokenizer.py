@@ -90,7 +90,14 @@ class Tokenizer:
             raise UserError(f"{path} is not UTF-8: {error}") from None
         config_path, template_path = directory / "tokenizer_config.json", directory / "chat_template.jinja"
         config = read_json(config_path)
-        template = template_path.read_text(encoding="utf-8") if template_path.exists() else config.get("chat_template")
+        if not isinstance(config, dict):
+            raise UserError(f"{config_path} is not a JSON object")
+        template = config.get("chat_template")
+        if template_path.exists():
+            try:
+                template = template_path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{template_path} cannot be read: {error}") from None
         if template is not None and not isinstance(template, str):
             raise UserError(f"{config_path} holds several chat templates; write the one to use to {template_path}")
         eos = _token_name(config.get("eos_token")) or END_OF_TEXT

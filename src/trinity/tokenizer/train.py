@@ -66,13 +66,15 @@ def train_bpe(
 
 def _parts(texts: Iterable[str], progress: Progress | None) -> Iterator[str]:
     read = 0
+    blank = True
     for text in texts:
+        blank = blank and not text.strip()
         for part in cut_long(text, PART_CHARACTERS, anywhere=True):
             yield part
             read += _num_bytes(part)
         if progress:
             progress(read)
-    if not read:
+    if blank:
         raise UserError("there is no text to train the tokenizer on")
 
 

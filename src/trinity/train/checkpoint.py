@@ -231,10 +231,14 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Wait for the save under way. Raises what went wrong in it."""
+        self.join()
+        self._raise()
+
+    def join(self) -> None:
+        """Wait for the save under way, whatever comes of it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._raise()
 
     def written(self) -> list[CheckpointInfo]:
         """The checkpoints committed since the last call; does not wait. Raises what went wrong in a save."""

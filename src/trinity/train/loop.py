@@ -73,6 +73,8 @@ class _InFlight:
     planned: PlannedStep
     rows: Sequence[Any]
     packed: Packed
+    started: float
+    """When its data were asked for, on the host's clock."""
 
 
 class _Loop:
@@ -98,7 +100,6 @@ class _Loop:
         self.checkpoint_due = False
         self.last: Record | None = None
         self.stop_agreed: str | None = None
-        self.clock = time.perf_counter()
 
     # The run
 
@@ -122,7 +123,8 @@ class _Loop:
         return self._result(self.finished)
 
     def close(self) -> None:
-        """Give the model its float32 parameters back; called however the run ends."""
+        """Give the model its float32 parameters back, and let a save under way end; called however the run ends."""
+        self.writer.join()
         self.masters.restore()
 
     def _leave(self, signal: str) -> TrainResult:
@@ -152,12 +154,11 @@ class _Loop:
                 return False
             self._jump(planned)
         else:
+            started = time.perf_counter()
             rows = self.job.source.next_batch(planned.step)
             self.guard.enter_phase(planned.phase)
-            if not self.in_flight:
-                self.clock = time.perf_counter()
             packed = self.runner.run(planned, rows, stop=self.stop.received is not None)
-            self.in_flight.append(_InFlight(planned, rows, packed))
+            self.in_flight.append(_InFlight(planned, rows, packed, started))
         self.step += 1
         return True
 
@@ -180,8 +181,8 @@ class _Loop:
         values = flight.packed.read()
         if values.pop("stop") > 0:
             self.stop_agreed = self.stop.received or "a signal on another rank"
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
+        # From start to start: when a step's numbers are read says little where the host runs ahead of the device.
+        seconds = (self.in_flight[0].started if self.in_flight else time.perf_counter()) - flight.started
         step, bad = flight.planned.step + 1, values["skip"] != 0
         counts_LE = values["counts"]
         died = [] if bad else self.watch.update(counts_LE)
