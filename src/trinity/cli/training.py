@@ -1,6 +1,5 @@
 """Verbs that train: pretrain, extend, sft, rl. The same command goes on with a run that was stopped."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from trinity.cli.options import (
     OverlayOption,
     SettingsArgument,
     ShowOption,
-    exit_status,
     check_output,
+    exit_status,
     is_main_process,
     note,
     print_json,

@@ -81,6 +81,11 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
     tokenizer = Tokenizer.load(Path(config.data.tokenizer))
     tokenizer.check_model_vocab(config.model.vocab_size)
     device = open_device(config)
+    if device.type == "cuda" and config.runtime.compile and config.runtime.dtype == "float32":
+        raise UsageError(
+            "runtime.dtype = float32 cannot be compiled on a GPU (its grouped products are bfloat16): use "
+            "runtime.dtype=bfloat16 or runtime.compile=false"
+        )
     with device:
         model = Transformer(config.model, kernels=config.runtime.kernels, recompute=config.runtime.recompute)
     if start_from is None:
