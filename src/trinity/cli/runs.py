@@ -50,7 +50,7 @@ def demo(
     from trinity.pipeline.path import Interruption
 
     try:
-        summary = pipeline.run(run_dir, config, force=force, console=Console())
+        summary = pipeline.run(run_dir, config, origins=origins, force=force, console=Console())
     except Interruption as stop:
         note(f"{stop}; the same command goes on from there")
         raise typer.Exit(exit_status(str(stop))) from None

@@ -8,7 +8,7 @@ from typing import Any
 
 from trinity.base.console import Console
 from trinity.base.files import atomic_write, read_json, read_jsonl, write_json
-from trinity.config import RunConfig
+from trinity.config import Origin, RunConfig
 from trinity.pipeline.path import begin, run_path, start_over
 from trinity.pipeline.summary import table
 
@@ -17,9 +17,12 @@ CONVERSATIONS = 2000
 CHATS = "conversations.jsonl"
 
 
-def run(run_dir: Path, config: RunConfig, *, force: bool, console: Console) -> dict[str, Any]:
+def run(
+    run_dir: Path, config: RunConfig, *, origins: dict[str, Origin], force: bool, console: Console
+) -> dict[str, Any]:
     """Everything from gathering texts to the report in `run_dir`; gone on with when it was left half-way.
 
+    `origins` of the settings are kept for the report.
     Raises UserError for a directory of something else, and Interruption when a signal ended a stage.
     """
     from trinity.report import write_report
@@ -27,6 +30,7 @@ def run(run_dir: Path, config: RunConfig, *, force: bool, console: Console) -> d
     if force:
         start_over(run_dir)
     begin(run_dir, config)
+    write_json(run_dir / "origins.json", {key: origin.source for key, origin in origins.items()})
     facts = _corpus(run_dir, config, console)
     files = [run_dir / "corpus" / name for name in facts["corpus_files"]]
     summary = run_path(run_dir, config, files, [run_dir / CHATS], console=console, facts=facts)

@@ -88,8 +88,10 @@ def read_run(directory: Path) -> Run:
     """Read a run directory or a pipeline directory. Raises UserError when it is neither."""
     if not directory.is_dir():
         raise UserError(f"there is no run directory {directory}")
-    folders = [directory] if _is_run(directory) else []
-    folders += [directory / name for name in STAGES if _is_run(directory / name)]
+    folders = [directory / name for name in STAGES if _is_run(directory / name)]
+    # A pipeline directory has a run.toml too, but no records of its own.
+    if _is_run(directory) and not (folders and not _has_records(directory)):
+        folders.insert(0, directory)
     if not folders:
         raise UserError(f"{directory} is not a run directory: it holds no run.toml, metrics.jsonl or events.jsonl")
     stages = [stage for folder in folders for stage in _read_folder(folder)]
@@ -100,7 +102,11 @@ def read_run(directory: Path) -> Run:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("run.toml", "metrics.jsonl", "events.jsonl"))
+    return (folder / "run.toml").is_file() or _has_records(folder)
+
+
+def _has_records(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("metrics.jsonl", "events.jsonl"))
 
 
 def _read_folder(folder: Path) -> list[Stage]:
@@ -125,7 +131,8 @@ def _read_folder(folder: Path) -> list[Stage]:
         _append(builder(record).stage.samples, record, MAX_SAMPLES)
     settings = _read_settings(folder / "run.toml", notes)
     stages = [b.finish() for b in builders.values()] or [Stage(first, folder)]
-    recorded = _read_object(folder / "origins.json", notes)
+    own = folder / "origins.json"
+    recorded = _read_object(own if own.exists() else folder.parent / "origins.json", notes)
     origins = {key: value for key, value in recorded.items() if isinstance(value, str)}
     for stage in stages:
         stage.settings, stage.origins = settings, origins

@@ -26,7 +26,7 @@ def heldout_evaluation(stage: Stage, rows: heldout.HeldOut) -> Evaluation:
     def run(_model: nn.Module, _step: int) -> Outcome:
         return Outcome([{"kind": "eval", **heldout.evaluate(stage.model, rows, bytes_V, stage.settings.micro_rows)}])
 
-    return Evaluation(run, stage.settings.eval_every)
+    return Evaluation(run, stage.settings.eval_every, at_phase_end=True)
 
 
 def sample_evaluation(stage: Stage, prompts: Sequence[Sequence[int]]) -> Evaluation:

@@ -24,6 +24,7 @@ def run(
     check_batches(stage, [entry.rows for entry in settings.batch])
     train_shards, val_shards = open_shards(stage)
     plan = StepPlan.pretrain(settings)
+    heldout = heldout_evaluation(stage, ValidationRows(val_shards, settings.seq_len, settings.eval_rows))
     with TextSource(stage, train_shards, settings.phases, plan) as source:
         job = TrainJob(
             config=config,
@@ -35,12 +36,9 @@ def run(
             loss=language_model_loss,
             plan=plan,
             run_dir=stage.run,
-            evaluations=[
-                heldout_evaluation(stage, ValidationRows(val_shards, settings.seq_len, settings.eval_rows)),
-                sample_evaluation(stage, beginnings(val_shards)),
-            ],
+            evaluations=[heldout, sample_evaluation(stage, beginnings(val_shards))],
             describe=source.describe,
             fingerprints={"tokenizer": stage.tokenizer.fingerprint, "shards": train_shards.fingerprint},
             progress=progress,
         )
-        return run_stage(stage, job)
+        return run_stage(stage, job, before=[heldout])

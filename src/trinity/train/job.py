@@ -71,6 +71,8 @@ class Evaluation:
     run: Callable[[nn.Module, int], Outcome]
     every: int
     at_end: bool = True
+    at_phase_end: bool = False
+    """Also after the last step of each phase of the plan."""
 
 
 class Progress(Protocol):

@@ -35,7 +35,7 @@ from trinity.train.checkpoint import (
 from trinity.train.guard import GuardPolicy, SpikeGuard
 from trinity.train.hardware import peak_flops
 from trinity.train.interrupt import StopSignal
-from trinity.train.job import Record, TrainJob, TrainResult
+from trinity.train.job import Evaluation, Record, TrainJob, TrainResult
 from trinity.train.metrics import LOAD_EVERY, ExpertWatch, Packed, load_share, routing_fields
 from trinity.train.precision import MasterWeights
 from trinity.train.step import StepRunner
@@ -296,15 +296,20 @@ class _Loop:
     def _border_due(self, signal: str | None) -> bool:
         jumped = self.step in self.policy.jumps  # what a jump leaves behind may be older than a checkpoint of that step
         self.checkpoint_due |= self.step % self.job.config.checkpoint.every_steps == 0 and not jumped
-        due = any(self._is_due(e.every, e.at_end) for e in self.job.evaluations)
+        due = any(self._is_due(e) for e in self.job.evaluations)
         return signal is not None or self.checkpoint_due or due or self.step == len(self.job.plan)
 
-    def _is_due(self, every: int, at_end: bool) -> bool:
-        return (every > 0 and self.step % every == 0) or (at_end and self.step == len(self.job.plan))
+    def _is_due(self, evaluation: Evaluation) -> bool:
+        plan, step = self.job.plan, self.step
+        if step == len(plan):
+            return evaluation.at_end
+        if evaluation.at_phase_end and plan[step].phase != plan[step - 1].phase:
+            return True
+        return evaluation.every > 0 and step % evaluation.every == 0
 
     def _border(self, signal: str | None) -> None:
         for evaluation in self.job.evaluations:
-            if self._is_due(evaluation.every, evaluation.at_end):
+            if self._is_due(evaluation):
                 outcome = self._evaluate(evaluation.run)
                 if outcome.stop is not None:
                     self.finished = outcome.stop
