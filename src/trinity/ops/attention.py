@@ -219,8 +219,8 @@ def _loop_pays(lengths: tuple[int, ...], num_rows: int, seq_len: int) -> bool:
 
 
 def _block_plan(num_rows: int, seq_len: int, window: int, segments_BT: Tensor | None) -> BlockPlan:
-    # Half a window: a query sees two thirds of the keys that are computed for it, and keys are copied three times.
-    block = min(512, max(16, -(-window // 2)))
+    # A quarter of a window: a query sees four fifths of the keys that are computed for it; keys are copied five times.
+    block = min(512, max(16, -(-window // 4)))
     reach = -(-(window - 1) // block)
     num_blocks = -(-seq_len // block)
     query_U = torch.arange(block) + reach * block

@@ -139,14 +139,17 @@ class _CpuExperts(torch.autograd.Function):
     def forward(ctx, x_RD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ends: tuple[int, ...]) -> Tensor:
         assert ends[-1] == x_RD.shape[0], "rows without an expert"
         hidden_R2F = x_RD.new_empty(x_RD.shape[0], gate_up_E2FD.shape[1])
+        open_RF = x_RD.new_empty(x_RD.shape[0], down_EDF.shape[2])
         y_RD = torch.empty_like(x_RD)
         wide = widens(x_RD)
         for expert, rows in _slices(ends):
             x, gate_up, down = (_widen(t, wide) for t in (x_RD[rows], gate_up_E2FD[expert], down_EDF[expert]))
             _multiply(x, gate_up.t(), hidden_R2F[rows])
             gate, up = _widen(hidden_R2F[rows], wide).chunk(2, dim=-1)
-            _multiply(F.silu(gate).mul_(up), down.t(), y_RD[rows])
-        ctx.save_for_backward(x_RD, gate_up_E2FD, down_EDF, hidden_R2F)
+            open_gate = F.silu(gate)
+            open_RF[rows] = open_gate
+            _multiply(open_gate.mul_(up), down.t(), y_RD[rows])
+        ctx.save_for_backward(x_RD, gate_up_E2FD, down_EDF, hidden_R2F, open_RF)
         ctx.ends = ends
         return y_RD
 
@@ -154,7 +157,7 @@ class _CpuExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *d_outputs: Tensor):
         (d_y_RD,) = d_outputs
-        x_RD, gate_up_E2FD, down_EDF, hidden_R2F = ctx.saved_tensors
+        x_RD, gate_up_E2FD, down_EDF, hidden_R2F, open_RF = ctx.saved_tensors
         d_x_RD = torch.empty_like(x_RD)
         d_gate_up, d_down = torch.empty_like(gate_up_E2FD), torch.empty_like(down_EDF)
         wide = widens(x_RD)
@@ -163,12 +166,11 @@ class _CpuExperts(torch.autograd.Function):
                 d_gate_up[expert].zero_()
                 d_down[expert].zero_()
                 continue
-            x, d_y, hidden = (_widen(t[rows], wide) for t in (x_RD, d_y_RD, hidden_R2F))
-            gate, up = hidden.chunk(2, dim=-1)
-            _multiply(d_y.t(), F.silu(gate).mul_(up), d_down[expert])
+            x, d_y, hidden, open_gate = (_widen(t[rows], wide) for t in (x_RD, d_y_RD, hidden_R2F, open_RF))
+            _multiply(d_y.t(), open_gate * hidden.chunk(2, dim=-1)[1], d_down[expert])
             d_act = d_y @ _widen(down_EDF[expert], wide)
             d_hidden = torch.empty_like(hidden)
-            swiglu_gradient(d_act, hidden, d_hidden)
+            swiglu_gradient(d_act, hidden, open_gate, d_hidden)
             _multiply(d_hidden.t(), x, d_gate_up[expert])
             _multiply(d_hidden, _widen(gate_up_E2FD[expert], wide), d_x_RD[rows])
         return d_x_RD, d_gate_up, d_down, None

@@ -19,14 +19,14 @@ def gated(x: Tensor, gate: Tensor) -> Tensor:
 class _CpuGated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gate: Tensor) -> Tensor:
-        ctx.save_for_backward(x, gate)
-        return torch.sigmoid(gate).mul_(x)
+        open_ = torch.sigmoid(gate)
+        ctx.save_for_backward(x, open_)
+        return open_ * x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *d_outputs: Tensor):
         (d_out,) = d_outputs
-        x, gate = ctx.saved_tensors
-        open_ = torch.sigmoid(gate)
+        x, open_ = ctx.saved_tensors
         d_gate = torch.ops.aten.sigmoid_backward(d_out * x, open_)
-        return open_.mul_(d_out), d_gate
+        return open_ * d_out, d_gate

@@ -18,25 +18,26 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _CpuSwiGLU.apply(gate_up) if gate_up.device.type == "cpu" else reference_swiglu(gate_up)
 
 
-def swiglu_gradient(d_out: Tensor, gate_up: Tensor, d_gate_up: Tensor) -> None:
-    """Writes the gradient of `gate_up` into `d_gate_up`; `d_out` is overwritten."""
+def swiglu_gradient(d_out: Tensor, gate_up: Tensor, open_gate: Tensor, d_gate_up: Tensor) -> None:
+    """Writes the gradient of `gate_up`, whose silu(gate) is `open_gate`, into `d_gate_up`; `d_out` is overwritten."""
     gate, up = gate_up.chunk(2, dim=-1)
     d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-    torch.mul(d_out, F.silu(gate), out=d_up)
+    torch.mul(d_out, open_gate, out=d_up)
     torch.ops.aten.silu_backward.grad_input(d_out.mul_(up), gate, grad_input=d_gate)
 
 
 class _CpuSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        open_gate = F.silu(gate)
+        ctx.save_for_backward(gate_up, open_gate)
+        return open_gate * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *d_outputs: Tensor):
-        (gate_up,) = ctx.saved_tensors
+        gate_up, open_gate = ctx.saved_tensors
         d_gate_up = torch.empty_like(gate_up)
-        swiglu_gradient(d_outputs[0].clone(), gate_up, d_gate_up)
+        swiglu_gradient(d_outputs[0].clone(), gate_up, open_gate, d_gate_up)
         return d_gate_up
