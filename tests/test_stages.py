@@ -60,7 +60,9 @@ def test_pretraining_learns_and_leaves_a_model_that_loads(base):
     steps = run.read_metrics("step")
     assert [s["phase"] for s in steps] == ["general"] * 4 + ["quality"] * 2
     assert steps[-1]["ce"] < steps[0]["ce"]
-    (held_out,) = run.read_metrics("eval")
+    *earlier, held_out = run.read_metrics("eval")
+    assert [r["step"] for r in earlier] == [0, 4]  # before the first step and at the end of the first phase
+    assert held_out["loss"] < earlier[1]["loss"] < earlier[0]["loss"]
     assert set(held_out["domains"]) == {"prose", "math"}
     assert 0 < held_out["bits_per_byte"] < 10
     assert len(run.read_samples()) == 2

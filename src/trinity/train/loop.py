@@ -6,9 +6,7 @@ all.
 """
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +34,10 @@ from trinity.train.guard import GuardPolicy, SpikeGuard
 from trinity.train.hardware import peak_flops
 from trinity.train.interrupt import StopSignal
 from trinity.train.job import Evaluation, Record, TrainJob, TrainResult
-from trinity.train.metrics import LOAD_EVERY, ExpertWatch, Packed, load_share, routing_fields
+from trinity.train.metrics import ExpertWatch
 from trinity.train.precision import MasterWeights
+from trinity.train.records import InFlight, documents, step_head, step_record
 from trinity.train.step import StepRunner
-
-MAX_DOCUMENTS = 256
-"""Documents that an event names at most, those of the worst micro-batches first."""
 
 
 def train(job: TrainJob) -> TrainResult:
@@ -66,17 +62,6 @@ def _occupy(run_dir: RunDir, stack: ExitStack) -> None:
     run_dir.mend()
 
 
-@dataclass(frozen=True)
-class _InFlight:
-    """A step whose numbers have not arrived yet."""
-
-    planned: PlannedStep
-    rows: Sequence[Any]
-    packed: Packed
-    started: float
-    """When its data were asked for, on the host's clock."""
-
-
 class _Loop:
     def __init__(self, job: TrainJob, stop: StopSignal) -> None:
         self.job, self.stop, self.run_dir, config = job, stop, job.run_dir, job.config
@@ -93,7 +78,7 @@ class _Loop:
         self.peak, self.peak_source = peak_flops(self.device, dtype)
         # A GPU is given the next step before the last one's numbers are read; on a CPU there is nothing to overlap.
         self.lag = 1 if self.device.type == "cuda" else 0
-        self.in_flight: list[_InFlight] = []
+        self.in_flight: list[InFlight] = []
         self.step = 0
         self.finished: str | None = None
         self.saved_step = -1
@@ -158,15 +143,15 @@ class _Loop:
             rows = self.job.source.next_batch(planned.step)
             self.guard.enter_phase(planned.phase)
             packed = self.runner.run(planned, rows, stop=self.stop.received is not None)
-            self.in_flight.append(_InFlight(planned, rows, packed, started))
+            self.in_flight.append(InFlight(planned, rows, packed, started))
         self.step += 1
         return True
 
     def _jump(self, planned: PlannedStep) -> None:
         rows = self.job.source.next_batch(planned.step)
-        self._event("jump", step=planned.step + 1, **self._documents(rows, None))
+        self._event("jump", step=planned.step + 1, **documents(self.job, rows, None))
         nothing = dict.fromkeys(("loss", "ce", "z_loss", "sequence_loss", "grad_norm"))
-        self._metric({**self._head(planned), **nothing, "skipped": True, "jumped": True})
+        self._metric({**step_head(self.job, planned), **nothing, "skipped": True, "jumped": True})
 
     def _settle(self, most: int) -> bool:
         """Read steps in flight until `most` are left; False when that led to a rollback."""
@@ -186,7 +171,9 @@ class _Loop:
         step, bad = flight.planned.step + 1, values["skip"] != 0
         counts_LE = values["counts"]
         died = [] if bad else self.watch.update(counts_LE)
-        self._record(flight, values, seconds)
+        dead_L, spikes = self.watch.dead_L(), self.policy.skips + int(bad)
+        utilisation = self.flops / (self.peak * dist.world_size())
+        self._metric(step_record(self.job, flight, values, seconds, utilisation, dead_L, spikes))
         for layer, experts in died:
             real = layer + self.job.config.model.num_dense_layers
             self._event("dead_expert", step=step, layer=real, experts=experts)
@@ -202,7 +189,7 @@ class _Loop:
             reason="spike" if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]) else "not finite",
             loss_score=loss_score,
             grad_norm_score=norm_score,
-            **self._documents(flight.rows, values["means"]),
+            **documents(self.job, flight.rows, values["means"]),
         )
         try:
             unstable = self.policy.bad(step)
@@ -238,58 +225,6 @@ class _Loop:
             else:
                 whole[info.step] = info.path
         return whole
-
-    def _head(self, planned: PlannedStep) -> Record:
-        tokens = planned.rows * self.job.stage_config.seq_len
-        return {
-            "kind": "step",
-            "stage": self.job.stage,
-            "phase": planned.phase,
-            "step": planned.step + 1,
-            "tokens": planned.tokens_before + tokens,
-            "rows": planned.rows,
-            "lr_scale": planned.lr_scale,
-        }
-
-    def _record(self, flight: _InFlight, values: dict[str, Any], seconds: float) -> None:
-        planned, counts_LE = flight.planned, values.pop("counts")
-        tokens_per_second = planned.rows * self.job.stage_config.seq_len / seconds
-        mean = values.pop("mean_sum") / values.pop("micro_batches")
-        record = {
-            **self._head(planned),
-            **{
-                k: v.tolist() if isinstance(v, np.ndarray) else v
-                for k, v in values.items()
-                if k not in ("skip", "means")
-            },
-            "batch_het": values["mean_max"] - mean,
-            **routing_fields(counts_LE),
-            "dead_experts": self.watch.dead_L(),
-            "skipped": values["skip"] != 0,
-            "spikes": self.policy.skips + int(values["skip"]),
-            "seconds": seconds,
-            "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second * self.flops / (self.peak * dist.world_size()),
-        }
-        record["router_min"] = [-x for x in record.pop("router_negated_min", [])]
-        del record["mean_max"]
-        if counts_LE.size and (planned.step + 1) % LOAD_EVERY == 0:
-            record["load"] = load_share(counts_LE)
-        if self.job.step_fields is not None:
-            record |= self.job.step_fields(planned.step, flight.rows)
-        self._metric(record)
-
-    def _documents(self, rows: Sequence[Any], means: np.ndarray | None) -> Record:
-        """A step's documents over all ranks: of micro-batches without a finite loss, else of all, the worst first."""
-        if self.job.describe is None:
-            return {}
-        order = list(range(len(rows)))
-        if means is not None:
-            broken = [i for i in order if not np.isfinite(means[i])]
-            order = broken or sorted(order, key=lambda i: -means[i])
-        mine = [document for i in order for document in self.job.describe(rows[i])]
-        everyone = [document for part in dist.gather_objects(mine) for document in part]
-        return {"documents": everyone[:MAX_DOCUMENTS], "num_documents": len(everyone)}
 
     # Borders between steps
 
