@@ -193,8 +193,8 @@ def _claim(out: Path, plan: dict[str, Any], force: bool) -> bool:
     started, finished = out / WORK / "plan.json", out / RESULT
     if force:
         finished.unlink(missing_ok=True)
-        for name in (*SPLITS, WORK):  # the plan goes last: until then a kill leaves what `force` may remove
-            shutil.rmtree(out / name, ignore_errors=True)
+        for name in present - {RESULT}:
+            shutil.rmtree(out / name)
         present = set()
     if finished.exists() or started.exists():
         before = read_json(finished)["plan"] if finished.exists() else read_json(started)
@@ -310,6 +310,7 @@ def _finish(
 def _read_result(out: Path) -> Prepared:
     for split in SPLITS:
         Shards.open(out / split)  # nothing is missing or cut
-    shutil.rmtree(out / WORK, ignore_errors=True)  # a kill may have come before it
+    if (out / WORK).exists():  # a kill came between the result and the clearing away
+        shutil.rmtree(out / WORK)
     result = {key: value for key, value in read_json(out / RESULT).items() if key != "plan"}
     return Prepared(out, **result)
