@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from trinity.base.errors import UsageError, UserError
 from trinity.data.corpus import Input, cut_file, list_files, read_documents
-from trinity.data.filters import cut_text, is_held_out, judge
+from trinity.data.filters import cuts, is_held_out, judge
 from trinity.data.readers import Columns, Drop, read_piece
 
 texts = st.lists(st.text(st.characters(exclude_categories=("Cs",))), max_size=20)
@@ -207,7 +207,8 @@ def test_repetition_is_dropped_and_prose_and_code_are_not():
 
 @given(st.text(alphabet="ab \n\té", max_size=300), st.integers(4, 40))
 def test_cutting_keeps_every_character_and_breaks_between_words(text, limit):
-    pieces = cut_text(text, limit)
+    ends = cuts(text, limit)
+    pieces = [text[start:stop] for start, stop in itertools.pairwise([0, *ends])]
     assert "".join(pieces) == text
     assert all(0 < len(piece) <= limit for piece in pieces) or text == ""
     for left, right in itertools.pairwise(pieces):

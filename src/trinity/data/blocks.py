@@ -139,14 +139,16 @@ class CheckedFile:
                     return
 
     def _array(self) -> np.ndarray:
-        if self._map is None:
+        array = self._map  # another thread may release it meanwhile
+        if array is None:
             if self._record.bytes == 0:
-                self._map = np.empty(0, self.dtype)
-                self._map.flags.writeable = False
+                array = np.empty(0, self.dtype)
+                array.flags.writeable = False
             else:
                 # A plain array over the map: indexing np.memmap itself is several times slower.
-                self._map = np.asarray(np.memmap(self.path, self.dtype, mode="r"))
-        return self._map
+                array = np.asarray(np.memmap(self.path, self.dtype, mode="r"))
+            self._map = array
+        return array
 
     def _verify(self, block: int) -> None:
         table = self._load_table() if self._table is None else self._table

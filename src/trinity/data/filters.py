@@ -69,23 +69,21 @@ def is_held_out(content_hash: bytes, fraction: float) -> bool:
     return int.from_bytes(content_hash[8:], "big") < fraction * 2**64
 
 
-def cut_text(text: str, limit: int = PIECE_CHARS) -> list[str]:
-    """Cut a long text where tokenizers' patterns cut as well, so that the pieces have the tokens of the whole.
+def cuts(text: str, limit: int = PIECE_CHARS) -> list[int]:
+    """Ends of pieces of a long text, where tokenizers' patterns cut as well: the pieces have the tokens of the whole.
 
     Tokenizers keep tens of bytes for each token while they work; a text of a gigabyte in one call would need tens of
     gigabytes. The cut falls after a line break before a non-space, else before a space inside the line, else (one
     endless word) at the limit, where it may cost a token. It depends on the text alone.
     """
-    pieces = []
+    ends = []
     start = 0
     while len(text) - start > limit:
         stop = start + limit
         least = start + limit // 2
-        stop = _last(_LINE_START, text, least, stop) or _last(_WORD_START, text, least, stop) or stop
-        pieces.append(text[start:stop])
-        start = stop
-    pieces.append(text[start:])
-    return pieces
+        start = _last(_LINE_START, text, least, stop) or _last(_WORD_START, text, least, stop) or stop
+        ends.append(start)
+    return [*ends, len(text)]
 
 
 def _last(pattern: re.Pattern[str], text: str, start: int, stop: int) -> int | None:

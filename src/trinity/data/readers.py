@@ -93,6 +93,7 @@ def _read_text(piece: Piece, columns: Columns, on_drop: OnDrop) -> Iterator[Docu
     except UnicodeDecodeError as error:
         on_drop(Drop("not UTF-8", piece.path, f"byte {error.start} is not UTF-8 ({error.reason})"))
         return
+    del data  # while the document is in use, one copy of it is enough
     if not text:
         on_drop(Drop("empty", piece.path, "the file is empty"))
         return

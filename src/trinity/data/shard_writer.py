@@ -19,6 +19,7 @@ from trinity.data.shards import (
     COLUMNS,
     FORMAT,
     MANIFEST,
+    STRIDE,
     VERSION,
     content_fingerprint,
     manifest_checksum,
@@ -185,9 +186,8 @@ def assemble(
 def _count(columns: dict[str, CheckedFile], domains: list[str]) -> list[dict[str, Any]]:
     """Documents, tokens and bytes of each domain, read in strides so that memory stays bounded."""
     totals = np.zeros((3, len(domains)), np.int64)
-    step = 1 << 20
-    for start in range(0, len(columns["lengths"]), step):
-        stop = min(start + step, len(columns["lengths"]))
+    for start in range(0, len(columns["lengths"]), STRIDE):
+        stop = min(start + STRIDE, len(columns["lengths"]))
         ids = columns["domain_ids"].view(start, stop)
         totals[0] += np.bincount(ids, minlength=len(domains))
         for row, name in ((1, "lengths"), (2, "num_bytes")):

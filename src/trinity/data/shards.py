@@ -15,6 +15,7 @@ into a batch.
 
 import hashlib
 import json
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
@@ -31,7 +32,9 @@ FORMAT = "trinity-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 OPEN_MAPS = 256
-"""Token files kept mapped; a map holds a file descriptor and the usual limit is 1024."""
+"""Token files kept mapped at once; a map holds a file descriptor and the usual limit is 1024."""
+STRIDE = 1 << 20
+"""Documents looked at together where all are looked at, so that memory does not grow with their number."""
 
 COLUMNS: dict[str, str] = {
     "starts": "<i8",  # first token of the document, counted over all token files
@@ -82,6 +85,7 @@ class Shards:
             name: CheckedFile(self.directory, FileRecord(*manifest["documents"][name]), dtype)
             for name, dtype in COLUMNS.items()
         }
+        self._lock = threading.Lock()
         self._mapped: dict[int, None] = {}  # ordered: the map that was opened first is released first
 
     @classmethod
@@ -167,12 +171,20 @@ class Shards:
             file.release()
         if damaged:
             return
-        lengths, starts = self.lengths, self._columns["starts"].whole()
-        ends = np.cumsum(lengths)
-        if not np.array_equal(starts, ends - lengths) or int(lengths.sum()) != self.num_tokens:
+        if not self._lengths_add_up():
             yield f"{self.directory}: the documents' lengths do not add up to the manifest's {self.num_tokens} tokens"
         elif content_fingerprint(self.manifest, self._columns) != self.fingerprint:
             yield f"{self.directory}: the content does not have the manifest's fingerprint {self.fingerprint}"
+
+    def _lengths_add_up(self) -> bool:
+        total = 0
+        for first in range(0, self.num_documents, STRIDE):
+            lengths = self.lengths[first : first + STRIDE]
+            starts = self._columns["starts"].view(first, first + lengths.size)
+            if not np.array_equal(starts, total + np.cumsum(lengths) - lengths):
+                return False
+            total += int(lengths.sum())
+        return total == self.num_tokens
 
     def _place(self, doc: int) -> tuple[int, int]:
         """(token file, first token inside it)."""
@@ -181,11 +193,12 @@ class Shards:
         return number, start - self._file_starts[number]
 
     def _keep_mapped(self, number: int) -> None:
-        self._mapped[number] = None
-        if len(self._mapped) > OPEN_MAPS:
-            oldest = next(iter(self._mapped))
-            self._mapped.pop(oldest)
-            self._files[oldest].release()
+        with self._lock:
+            self._mapped[number] = None
+            if len(self._mapped) > OPEN_MAPS:
+                oldest = next(iter(self._mapped))
+                del self._mapped[oldest]
+                self._files[oldest].release()
 
     def _text(self, text: str, ends: str, index: int) -> str:
         stop = self._columns[ends].item(index)
@@ -198,9 +211,9 @@ def content_fingerprint(manifest: dict[str, Any], columns: dict[str, CheckedFile
     header = [manifest["tokenizer_fingerprint"], manifest["vocab_size"], manifest["eos_id"], manifest["domains"]]
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in ("hashes", "lengths", "domain_ids"):
-        column, step = columns[name], 1 << 20
-        for start in range(0, len(column), step):
-            digest.update(np.ascontiguousarray(column.view(start, min(start + step, len(column)))).view(np.uint8).data)
+        column = columns[name]
+        for start in range(0, len(column), STRIDE):
+            digest.update(column.view(start, min(start + STRIDE, len(column))).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from trinity.base.errors import UserError
 from trinity.base.files import atomic_write
-from trinity.data.filters import HASH_BYTES, PIECE_CHARS, REASONS, cut_text, hash_text, is_held_out, judge
+from trinity.data.filters import HASH_BYTES, REASONS, cuts, hash_text, is_held_out, judge
 from trinity.data.readers import DEFAULT_COLUMNS, Columns, Document, Drop, Piece, read_piece
 from trinity.data.shard_writer import PartWriter
 
@@ -185,10 +185,11 @@ def _encoded(
         batch.clear()
 
     for text, label in documents:
-        pieces = cut_text(text, PIECE_CHARS)
-        for number, piece in enumerate(pieces, start=1):
-            batch.append((piece, label, number == len(pieces)))
-            chars += len(piece)
+        start = 0
+        for stop in cuts(text):
+            batch.append((text[start:stop], label, stop == len(text)))
+            chars += stop - start
+            start = stop
             if chars >= BATCH_CHARS:
                 yield from flush()
                 chars = 0
