@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +126,25 @@ def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_termination_is_143_and_undoes_what_is_half_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undone: list[bool] = []
+
+    def wait(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            undone.append(True)
+
+    monkeypatch.setattr("trinity.report.write_report", wait)
+    assert main(["report", "x"]) == 143
+    assert capsys.readouterr().err == "trinity: terminated\n"
+    assert undone
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_a_reader_that_goes_away_leaves_no_message() -> None:
     verb = f"{sys.executable} -m trinity pretrain large --show --json"
     shell = subprocess.run(["bash", "-c", f"{verb} | head -c 1"], capture_output=True, text=True, check=True)
@@ -197,16 +218,16 @@ def test_later_stages_take_the_settings_of_the_run_they_come_from(stages: list[d
         assert stages[-1]["start_from"] == place
 
 
-@pytest.mark.parametrize(("signal", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_stopped_stage_says_how_to_go_on(
     stages: list[dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    signal: str,
+    name: str,
     status: int,
 ) -> None:
-    monkeypatch.setenv("STOP", signal)
+    monkeypatch.setenv("STOP", name)
     assert main(["pretrain", "demo", "--run-dir", str(tmp_path / "run")]) == status
     assert "the same command goes on" in capsys.readouterr().err
 

@@ -3,7 +3,9 @@
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import typer
 
@@ -25,6 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in own  # taken out here, so that it may stand anywhere
     arguments = [a for i, a in enumerate(arguments) if a != "--debug" or i >= len(own)]
+    with _termination_raises():
+        return _run(arguments, debug)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
     try:
         status = app(args=arguments, prog_name="trinity", standalone_mode=False)
         sys.stdout.flush()
@@ -38,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _usage(error)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
+    except _TerminatedError:
+        return _fail("terminated", 128 + signal.SIGTERM)
     except BrokenPipeError:  # the reader of standard output went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -61,6 +70,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if status == 128 + signal.SIGINT:
         return _interrupted()
     return status if isinstance(status, int) else 0
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM came; a BaseException, so that it undoes what is half done as Ctrl-C does and nobody else catches it."""
+
+
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    """SIGTERM ends the verb as an exception. Training has its own answer: it saves first."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise _TerminatedError
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _fail(text: str, status: int) -> int:
