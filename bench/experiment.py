@@ -2,158 +2,211 @@
 
     python bench/experiment.py bench/packing.toml --shards DIR --tokenizer DIR --out DIR --seeds 3 --parallel 3
 
-Every run is `trinity pretrain` in a process of its own; a variant is a list of settings. Results are the mean over
-seeds with a 95 % interval of Student's t, and the paired difference (same seed) to the baseline. What is finished when
-`--minutes` are over is reported; the rest is named.
+Every run is a pretraining in a process of its own (`bench/one_run.py`) with a run directory in `--out`; a variant is a
+list of settings. Results are means over seeds with a 95 % interval of Student's t, and paired differences (same seed,
+so same weights at the start) to a baseline. OUT/NAME.json is written anew after every run. When `--minutes` are over,
+running processes are stopped; what they did is in the JSON under `unfinished` and in no mean. To go on in another
+call, name the JSON with `--merge`: the runs in it are taken over and not done again.
 """
 
 import argparse
-import itertools
-import math
 import os
-import statistics
+import signal
 import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trinity.base.files import read_jsonl, write_json
+from measures import MAX_SEEDS, compare, format_table, measure
+from trinity.base.files import read_json, read_jsonl, write_json
 
-OVERLAY = Path(__file__).with_name("small.toml")
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Two-sided 95 % quantiles of Student's t by degrees of freedom."""
+BENCH = Path(__file__).parent
+LOG_TAIL = 1500
+REPORT_SECONDS = 20.0
 
 
-def main() -> None:
+@dataclass
+class Experiment:
+    """What is to run, and what was found."""
+
+    name: str
+    variants: dict[str, list[str]]
+    baselines: dict[str, str]
+    metrics: list[str]
+    settings: list[str]
+    """Of every run, after the overlay and before the variant's own."""
+    out: Path
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """variant -> seed -> figures, of finished runs."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Run -> the end of its log."""
+    unfinished: dict[str, Any] = field(default_factory=dict)
+    """Run -> its figures when time was up; None: not begun or a few steps."""
+
+    def write(self) -> dict[str, Any]:
+        """Write OUT/NAME.json; returns the comparison."""
+        comparison = compare(self.runs, self.baselines, self.metrics)
+        result = {
+            "experiment": self.name,
+            "settings": self.settings,
+            "variants": self.variants,
+            "comparison": comparison,
+            "failed": self.failed,
+            "unfinished": self.unfinished,
+            "runs": self.runs,
+        }
+        write_json(self.out / f"{self.name}.json", result)
+        return comparison
+
+
+@dataclass
+class Running:
+    """A process and the run that it does."""
+
+    variant: str
+    seed: int
+    folder: Path
+    process: subprocess.Popen[bytes]
+
+    def stop(self) -> None:
+        """Kill the process and its children, compilers of the GPU's code among them."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # it leads a session of its own
+            self.process.wait()
+
+
+def main() -> int:
+    options = _parse()
+    experiment = load(options)
+    jobs = [
+        (variant, seed)
+        for seed in range(options.first_seed, options.first_seed + options.seeds)  # whole seeds come first
+        for variant in experiment.variants
+        if str(seed) not in experiment.runs.get(variant, {})
+    ]
+    experiment.out.mkdir(parents=True, exist_ok=True)
+    run_all(experiment, jobs, options)
+    print(format_table(experiment.write()))
+    print("failed:", ", ".join(experiment.failed) or "nothing")
+    print("unfinished:", ", ".join(experiment.unfinished) or "nothing")
+    return 1 if experiment.failed else 0
+
+
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path)
     parser.add_argument("--shards", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--overlay", type=Path, default=BENCH / "small.toml")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parallel", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--parallel", type=int, default=3, help="processes at a time")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--variants", nargs="*", help="only these")
+    parser.add_argument("--merge", nargs="*", type=Path, default=[], help="JSON files of earlier calls")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of every run")
     options = parser.parse_args()
-    experiment = tomllib.loads(options.experiment.read_text(encoding="utf-8"))
-    variants = {k: v for k, v in experiment["variants"].items() if not options.variants or k in options.variants}
-    # Seed by seed, so that what is done when time is up is complete seeds.
-    jobs = [(name, seed) for seed in range(options.seeds) for name in variants]
-    left = run_all(jobs, variants, options)
-    found = {
-        name: [measure(options.out / f"{name}-{seed}") for seed in range(options.seeds) if (name, seed) not in left]
-        for name in variants
-    }
-    result = {
-        "experiment": options.experiment.stem,
-        "settings": options.set,
-        "runs": found,
-        "comparison": compare(found, experiment["baseline"], experiment["metrics"]),
-        "not_run": [f"{name}-{seed}" for name, seed in left],
-    }
-    write_json(options.out / f"{options.experiment.stem}.json", result)
-    print_table(result["comparison"], experiment["metrics"])
-    print("not run:", ", ".join(result["not_run"]) or "nothing")
+    if not 1 <= options.seeds <= MAX_SEEDS:
+        parser.error(f"--seeds must be 1 to {MAX_SEEDS}")
+    return options
 
 
-def run_all(jobs: list[tuple[str, int]], variants: dict[str, list[str]], options: argparse.Namespace) -> list[Any]:
-    """Run the jobs, `--parallel` at a time; returns those that failed or had no time."""
-    deadline = time.monotonic() + options.minutes * 60
-    waiting, running, left = list(jobs), {}, []
+def load(options: argparse.Namespace) -> Experiment:
+    """The experiment file, with the runs of earlier calls."""
+    content = tomllib.loads(options.experiment.read_text(encoding="utf-8"))
+    variants = content["variants"]
+    if unknown := set(options.variants or ()) - set(variants):
+        raise SystemExit(f"{options.experiment} has no variants {sorted(unknown)}; it has {', '.join(variants)}")
+    experiment = Experiment(
+        name=options.experiment.stem,
+        variants={name: settings for name, settings in variants.items() if name in (options.variants or variants)},
+        baselines={name: content.get("baselines", {}).get(name, content["baseline"]) for name in variants},
+        metrics=content["metrics"],
+        settings=[*content.get("settings", []), *options.set],
+        out=options.out,
+    )
+    for path in options.merge:
+        earlier = read_json(path)
+        for name, settings in (("settings", experiment.settings), ("experiment", experiment.name)):
+            if earlier[name] != settings:
+                raise SystemExit(f"{path} has {name} {earlier[name]}, this call {settings}: they cannot be merged")
+        for variant, seeds in earlier["runs"].items():
+            if earlier["variants"][variant] != variants.get(variant):
+                raise SystemExit(f"{path} has other settings of variant {variant}: they cannot be merged")
+            experiment.variants.setdefault(variant, variants[variant])
+            experiment.runs.setdefault(variant, {}).update(seeds)
+    return experiment
+
+
+def run_all(experiment: Experiment, jobs: list[tuple[str, int]], options: argparse.Namespace) -> None:
+    """Run the jobs, `--parallel` at a time, until they are done or time is up."""
+    started = time.monotonic()
+    deadline, reported = started + options.minutes * 60, started
+    waiting, running = list(jobs), list[Running]()
+    try:
+        while (waiting or running) and time.monotonic() < deadline:
+            while waiting and len(running) < options.parallel:
+                running.append(start(experiment, *waiting.pop(0), options))
+            time.sleep(0.25)
+            for run in [r for r in running if r.process.poll() is not None]:
+                running.remove(run)
+                collect(experiment, run, time.monotonic() - started)
+            if time.monotonic() - reported > REPORT_SECONDS:
+                reported = time.monotonic()
+                steps = ", ".join(f"{r.folder.name} step {_steps(r.folder)}" for r in running)
+                print(f"[{reported - started:4.0f} s] {steps}; {len(waiting)} waiting", flush=True)
+    finally:
+        for run in running:
+            run.stop()
+            experiment.unfinished[run.folder.name] = measure(run.folder)
+        experiment.unfinished |= dict.fromkeys(f"{variant}-{seed}" for variant, seed in waiting)
+        experiment.write()
+
+
+def start(experiment: Experiment, variant: str, seed: int, options: argparse.Namespace) -> Running:
+    folder = experiment.out / f"{variant}-{seed}"
+    if folder.exists():
+        raise SystemExit(f"{folder} exists already: choose another --out, or name the JSON in it with --merge")
     threads = str(max(1, (os.cpu_count() or 1) // options.parallel - 1))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads}
-    while waiting or running:
-        while waiting and len(running) < options.parallel and time.monotonic() < deadline:
-            name, seed = waiting.pop(0)
-            command = [
-                *(sys.executable, "-m", "trinity", "--debug", "pretrain", "demo", "--overlay", str(OVERLAY)),
-                *(f"data.shards={options.shards}", f"data.tokenizer={options.tokenizer}", f"runtime.seed={seed}"),
-                *(*variants[name], *options.set, "--run-dir", str(options.out / f"{name}-{seed}")),
-            ]
-            options.out.mkdir(parents=True, exist_ok=True)
-            log = (options.out / f"{name}-{seed}.log").open("w")
-            running[name, seed] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        time.sleep(0.5)
-        for job, process in list(running.items()):
-            if process.poll() is None and time.monotonic() > deadline:
-                process.kill()
-                process.wait()
-            if process.poll() is not None:
-                del running[job]
-                print(f"{job[0]}-{job[1]}: exit status {process.returncode}", flush=True)
-                if process.returncode:
-                    left.append(job)
-                    print((options.out / f"{job[0]}-{job[1]}.log").read_text()[-1500:], flush=True)
-        if time.monotonic() > deadline:
-            left += waiting
-            waiting = []
-    return left
+    environment.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does
+    command = [
+        *(sys.executable, str(BENCH / "one_run.py"), "demo"),
+        *(f"data.shards={options.shards}", f"data.tokenizer={options.tokenizer}", f"runtime.seed={seed}"),
+        *(*experiment.settings, *experiment.variants[variant]),
+        *("--overlay", str(options.overlay), "--run-dir", str(folder)),
+    ]
+    with _log(folder).open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    return Running(variant, seed, folder, process)
 
 
-def measure(run: Path) -> dict[str, Any]:
-    """The figures of one run: means over its last two thirds of steps where not said otherwise."""
-    records = read_jsonl(run / "metrics.jsonl")
-    steps = [r for r in records if r["kind"] == "step"]
-    late, last = steps[len(steps) // 3 :], steps[-max(1, len(steps) // 3) :]
-    losses = [r["ce"] for r in late if r["ce"] is not None]
-    jumps = [b - a for a, b in itertools.pairwise(losses)]
-    return {
-        "batch_het": statistics.fmean(r["batch_het"] for r in late if r["batch_het"] is not None),
-        # Of independent noise around a slow trend, half the variance of the differences is the variance.
-        "loss_variance": statistics.pvariance(jumps) / 2 if len(jumps) > 1 else math.nan,
-        "final_loss": [r["loss"] for r in records if r["kind"] == "eval"][-1],
-        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in late if r.get("tokens_per_second")),
-        "max_vio": statistics.fmean(r["max_vio"] for r in late),
-        "max_vio_last": statistics.fmean(r["max_vio"] for r in last),
-        # How much the norm of each layer's biases moves around its own trend, step to step, in the last third.
-        "bias_oscillation": oscillation([r["bias_norm"] for r in last]),
-        "dead_experts": max(sum(r["dead_experts"]) for r in last),
-        "spikes": steps[-1]["spikes"],
-        "curve": [[r["step"], r["ce"], r["max_vio"]] for r in steps[:: max(1, len(steps) // 60)]],
-        "eval": [r for r in records if r["kind"] == "eval"][-1],
-    }
+def collect(experiment: Experiment, run: Running, seconds: float) -> None:
+    """Take in a process that ended, and write the JSON."""
+    figures = measure(run.folder) if run.process.returncode == 0 else None
+    if figures is not None:
+        experiment.runs.setdefault(run.variant, {})[str(run.seed)] = figures
+        shown = ", ".join(f"{name} {figures[name]}" for name in experiment.metrics)
+        print(f"[{seconds:4.0f} s] {run.folder.name}: {shown}", flush=True)
+    else:
+        tail = _log(run.folder).read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:]
+        experiment.failed[run.folder.name] = tail
+        experiment.unfinished[run.folder.name] = measure(run.folder)
+        print(f"[{seconds:4.0f} s] {run.folder.name} failed, exit status {run.process.returncode}:\n{tail}", flush=True)
+    experiment.write()
 
 
-def oscillation(norms: list[list[float]]) -> float:
-    """Mean over layers of the standard deviation of a bias norm after its straight line is taken off."""
-    if len(norms) < 3:
-        return math.nan
-    found = []
-    for layer in zip(*norms, strict=True):
-        slope, start = statistics.linear_regression(range(len(layer)), layer)
-        found.append(statistics.pstdev(y - (start + slope * x) for x, y in enumerate(layer)))
-    return statistics.fmean(found)
+def _log(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval."""
-    if len(values) < 2:
-        return (values[0] if values else math.nan), math.nan
-    return statistics.fmean(values), T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def compare(found: dict[str, list[dict[str, Any]]], baseline: str, metrics: list[str]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for name, runs in found.items():
-        table[name] = {}
-        for metric in metrics:
-            values = [run[metric] for run in runs]
-            pairs = [a[metric] - b[metric] for a, b in zip(runs, found.get(baseline, []), strict=False)]
-            mean, half = interval(values)
-            difference, uncertainty = interval(pairs) if name != baseline else (0.0, 0.0)
-            table[name][metric] = {"mean": mean, "ci95": half, "difference": difference, "difference_ci95": uncertainty}
-    return table
-
-
-def print_table(table: dict[str, Any], metrics: list[str]) -> None:
-    print(f"{'variant':16}" + "".join(f"{metric:>28}" for metric in metrics))
-    for name, row in table.items():
-        cells = (f"{row[m]['mean']:.5g} +- {row[m]['ci95']:.2g} ({row[m]['difference']:+.2g})" for m in metrics)
-        print(f"{name:16}" + "".join(f"{cell:>28}" for cell in cells))
+def _steps(folder: Path) -> int:
+    return max((r["step"] for r in read_jsonl(folder / "metrics.jsonl")), default=0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

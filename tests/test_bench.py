@@ -1,0 +1,173 @@
+"""The experiments of bench/ at toy size: figures, intervals, and both scripts from end to end."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from measures import T95, bias_figures, compare, interval
+from stage_fixtures import write_inputs
+from trinity.config import resolve
+
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "bench"
+TOY = """
+[model]
+vocab_size = 512
+num_layers = 3
+num_dense_layers = 1
+dim = 32
+num_heads = 2
+num_kv_heads = 1
+head_dim = 16
+ffn_dim = 64
+expert_dim = 16
+num_experts = 4
+experts_per_token = 2
+window = 32
+max_positions = 64
+[data]
+streams = 2
+buffer = 4
+[checkpoint]
+enabled = false
+[pretrain]
+seq_len = 64
+micro_rows = 1
+warmup_steps = 2
+eval_every = 1000
+eval_rows = 2
+batch = [{ from_tokens = 0, rows = 4 }]
+phases = [{ name = "all", tokens = 2048, weights = { prose = 1.0, math = 1.0 } }]
+[runtime]
+device = "cpu"
+dtype = "float32"
+threads = 1
+"""
+EXPERIMENT = """
+baseline = "concat"
+metrics = ["batch_het", "bias_oscillation", "final_loss"]
+[variants]
+concat = ["data.packing=concat"]
+rsdb = ["data.packing=rsdb"]
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    (folder / "toy.toml").write_text(TOY)
+    (folder / "experiment.toml").write_text(EXPERIMENT)
+    return folder
+
+
+def run_script(name: str, inputs: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / name), *arguments, "--out", str(out), "--overlay", str(inputs / "toy.toml")]
+    command += ["--shards", str(inputs / "shards"), "--tokenizer", str(inputs / "tokenizer")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_interval_is_students() -> None:
+    mean, half = interval([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3)
+    assert half == pytest.approx(T95[2] * math.sqrt(7 / 3 / 3))
+    assert interval([5.0]) == (5.0, None)
+    assert interval([]) == (None, None)
+
+
+def test_differences_pair_the_runs_of_a_seed() -> None:
+    """A seed that only one of two variants finished counts in its mean and in no difference."""
+    runs = {"a": {str(s): {"x": 10.0 * s + 1} for s in (1, 2, 3)}, "b": {str(s): {"x": 10.0 * s} for s in (2, 3, 4)}}
+    row = compare(runs, {"a": "b", "b": "b"}, ["x"])["a"]["x"]
+    assert (row["seeds"], row["pairs"]) == (3, 2)
+    assert row["mean"] == pytest.approx(21)
+    assert row["difference"] == pytest.approx(1)
+    assert row["difference_ci95"] == pytest.approx(0, abs=1e-9)
+    assert row["relative"] == pytest.approx((1 / 20 + 1 / 30) / 2)
+
+
+def test_a_drift_is_no_oscillation(tmp_path: Path) -> None:
+    """Biases that flip by 2 a every step have deviation a; a straight line has none once it is taken off."""
+    step_S = np.arange(300)
+    flips_S, drift_S = 0.5 * (-1.0) ** step_S, 0.01 * step_S
+    for name, series_S in (("flips", flips_S), ("drift", drift_S)):
+        np.save(tmp_path / f"{name}.npy", np.broadcast_to(series_S[:, None, None], (300, 2, 4)).astype(np.float32))
+    flips, drift = bias_figures(tmp_path / "flips.npy"), bias_figures(tmp_path / "drift.npy")
+    assert flips["bias_oscillation"] == pytest.approx(0.5, rel=1e-3)
+    assert drift["bias_oscillation"] == pytest.approx(0, abs=1e-6)
+    assert drift["bias_std"] == pytest.approx(0.01 * 100 / math.sqrt(12), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["packing", "balancing"])
+def test_every_variant_resolves(name: str) -> None:
+    import tomllib
+
+    content = tomllib.loads((BENCH / f"{name}.toml").read_text())
+    base, _ = resolve("demo", [BENCH / "small.toml"], content.get("settings", []))
+    for settings in content["variants"].values():
+        config, _ = resolve("demo", [BENCH / "small.toml"], [*content.get("settings", []), *settings])
+        assert config.pretrain.tokens == base.pretrain.tokens
+        assert config.pretrain.batch[0].rows // config.pretrain.micro_rows >= 16
+    baselines = {content["baseline"], *content.get("baselines", {}).values(), *content.get("baselines", {})}
+    assert baselines <= set(content["variants"])
+
+
+def test_an_experiment_and_its_continuation(inputs: Path, tmp_path: Path) -> None:
+    experiment = str(inputs / "experiment.toml")
+    first = run_script("experiment.py", inputs, tmp_path / "first", experiment, "--seeds", "1", "--parallel", "2")
+    assert first.returncode == 0, first.stdout + first.stderr
+    found = json.loads((tmp_path / "first/experiment.json").read_text())
+    assert found["unfinished"] == found["failed"] == {}
+    for variant in ("concat", "rsdb"):
+        figures = found["runs"][variant]["0"]
+        assert figures["steps"] == 8
+        assert figures["batch_het"] > 0
+        assert figures["bias_oscillation"] > 0
+        assert figures["final_loss"] > 0
+    assert found["comparison"]["rsdb"]["batch_het"]["pairs"] == 1
+    assert not list((tmp_path / "first").rglob("*.safetensors"))
+
+    merge = ("--merge", str(tmp_path / "first/experiment.json"), "--minutes", "0")
+    second = run_script("experiment.py", inputs, tmp_path / "second", experiment, "--seeds", "2", *merge)
+    assert second.returncode == 0, second.stdout + second.stderr
+    merged = json.loads((tmp_path / "second/experiment.json").read_text())
+    assert merged["runs"] == found["runs"]
+    assert merged["unfinished"] == {"concat-1": None, "rsdb-1": None}
+
+
+def test_time_that_is_up_stops_the_runs(inputs: Path, tmp_path: Path) -> None:
+    longer = ("--set", 'pretrain.phases=[{name="all",tokens=20000000,weights={prose=1}}]', "data.max_epochs=100000")
+    started = time.monotonic()
+    done = run_script(
+        "experiment.py", inputs, tmp_path, str(inputs / "experiment.toml"), "--minutes", "0.1", "--seeds", "1", *longer
+    )
+    assert time.monotonic() - started < 60
+    found = json.loads((tmp_path / "experiment.json").read_text())
+    assert set(found["unfinished"]) == {"concat-0", "rsdb-0"}, done.stdout + done.stderr
+    assert found["runs"] == {}
+
+
+def test_a_run_that_fails_is_named(inputs: Path, tmp_path: Path) -> None:
+    experiment = ("--variants", "rsdb", "--seeds", "1", "--set", "data.max_epochs=0")
+    done = run_script("experiment.py", inputs, tmp_path, str(inputs / "experiment.toml"), *experiment)
+    assert done.returncode == 1
+    assert "max_epochs" in json.loads((tmp_path / "experiment.json").read_text())["failed"]["rsdb-0"]
+
+
+def test_the_starting_point(inputs: Path, tmp_path: Path) -> None:
+    arguments = ("--steps", "3", "--rows", "4", "--micro-rows", "2", "--seq-len", "64")
+    done = run_script("start.py", inputs, tmp_path, *arguments, "--set", "runtime.dtype=bfloat16", "runtime.device=cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "start.json").read_text())
+    assert found["weights"] == "plain"
+    assert [step["step"] for step in found["steps"]] == [1, 2, 3]
+    assert found["mfu_median"] > 0
+    assert not list(tmp_path.rglob("*.safetensors"))
