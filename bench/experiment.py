@@ -88,6 +88,7 @@ def main() -> int:
         if str(seed) not in experiment.runs.get(variant, {})
     ]
     experiment.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are stopped and the JSON written
     run_all(experiment, jobs, options)
     print(format_table(experiment.write()))
     print("failed:", ", ".join(experiment.failed) or "nothing")

@@ -14,6 +14,7 @@ more, and says so.
 """
 
 import argparse
+import math
 import os
 import signal
 import statistics
@@ -46,7 +47,9 @@ class Watch:
 
     def on_step(self, record: dict[str, Any]) -> None:
         kept = ("step", "tokens", "loss", "grad_norm", "max_vio", "seconds", "tokens_per_second", "mfu", "skipped")
-        self.steps.append({key: record.get(key) for key in kept} | peak_memory())
+        values = {key: record.get(key) for key in kept}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.steps.append(finite | peak_memory())
         write_json(self.path, self.result())
         print(
             f"[{self.seconds():4.0f} s] step {record['step']:3}  loss {record['loss']:.4f}  {record['seconds']:.3f} s  "
@@ -80,6 +83,8 @@ class Watch:
 
 def main() -> int:
     options = _parse()
+    if (options.out / "run").exists():
+        raise SystemExit(f"{options.out / 'run'} exists already: choose another --out")
     weights = options.weights
     if weights == "auto":
         weights = "masters" if device_gib() >= MASTERS_GIB else "plain"
