@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 RUN ?= demo
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest
-QUICK := not slow and not gpu and not clients
+QUICK := not slow and not gpu
 # With an NVIDIA GPU the newest torch that fits, with CUDA; else one version, which package indexes with CPU builds
 # give without CUDA packages.
 TORCH ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'torch==2.13.0')
@@ -34,7 +34,7 @@ test: $(STAMP) ## Quick tests (no GPU, no minutes-long ones); says what was skip
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "$(QUICK)"
 
 test-all: $(STAMP) ## All tests that this machine can run
-	$(PYTEST) -n $(JOBS) --dist worksteal -m "not clients"
+	$(PYTEST) -n $(JOBS) --dist worksteal
 
 lint: $(STAMP) ## Format, rules, types and the direction of imports; changes nothing
 	$(BIN)/ruff format --check .

@@ -13,10 +13,9 @@ import argparse
 import json
 import os
 import statistics
-import sys
+import tempfile
 import time
 import warnings
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -24,12 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from trinity.config.model import ModelConfig
+from trinity.export import import_afmoe
 from trinity.model.transformer import Transformer
 from trinity.ops.cross_entropy import IGNORE, fused_cross_entropy
 from trinity.ops.matmul import cpu_has_bfloat16
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from afmoe_keys import model_config, to_ours
 
 ROWS, SEQ_LEN = 4, 512
 SHAPE = {
@@ -51,9 +48,11 @@ def build(dtype: torch.dtype) -> tuple[nn.Module, Transformer, ModelConfig]:
             "router.gate.weight"
         ):  # zero in transformers' initialisation: every token would pick the same experts
             nn.init.normal_(parameter, std=0.02)
-    config = model_config(theirs.config.to_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        config, state = import_afmoe(folder, torch.float32)
     ours = Transformer(config)
-    ours.load_state_dict(to_ours(config, theirs.state_dict()))
+    ours.load_state_dict(state)
     return cast("nn.Module", theirs).to(dtype).train(), ours.to(dtype), config
 
 

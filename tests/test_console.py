@@ -92,6 +92,18 @@ def test_a_terminal_gets_a_live_line_that_fits(monkeypatch: pytest.MonkeyPatch, 
     assert "bits per byte 1.5000" in text
 
 
+def test_the_start_says_the_path_of_each_operation_and_which_optimizer_moves_what() -> None:
+    stream = io.StringIO()
+    with Console(stream, interactive=False).training("pretrain", 10) as view:
+        row = ["layers.*.attn.o.weight", "128x128", "131,072", "Muon", "0.02"]
+        view.on_event({"event": "start", "step": 0, "paths": {"experts": "grouped_mm"}, "optimizer": [row]})
+        view.on_event({"event": "resume", "step": 5, "paths": {"experts": "grouped_mm"}, "optimizer": [row]})
+    text = stream.getvalue()
+    assert text.count("experts: grouped_mm") == 2
+    assert text.count("layers.*.attn.o.weight") == 1
+    assert "Muon" in text
+
+
 def test_a_closed_pipe_ends_nothing() -> None:
     console = Console(Closed())
     console.say("one")

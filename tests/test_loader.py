@@ -284,3 +284,15 @@ def test_validation_leaves_out_empty_domains_and_takes_what_there_is() -> None:
     (rows,) = held_out.batches("a", 10)
     assert len(rows) == 3
     assert (rows.targets_BT != IGNORE).sum() == 4 + 5 + 6
+
+
+@pytest.mark.parametrize("packing", ["rsdb", "single"])
+def test_rows_without_document_borders_are_one_segment(packing: str) -> None:
+    kept, open_ = (loader_of(packing=packing, document_mask=mask).next_rows(0, 8, 0) for mask in (True, False))
+    assert np.array_equal(kept.tokens_BT, open_.tokens_BT)
+    assert np.array_equal(kept.targets_BT, open_.targets_BT)
+    assert kept.documents == open_.documents
+    assert np.array_equal(open_.segments_BT, np.where(kept.segments_BT < 0, -1, 0))
+    places_BT = np.broadcast_to(np.arange(SEQ_LEN), open_.positions_BT.shape)
+    assert np.array_equal(open_.positions_BT, np.where(kept.segments_BT < 0, 0, places_BT))
+    assert kept.segments_BT.max() > 0 or packing == "single"

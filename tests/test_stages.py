@@ -8,7 +8,7 @@ import torch
 
 import trinity
 from stage_fixtures import tiny_config, write_inputs, write_text
-from trinity.base.errors import UserError
+from trinity.base.errors import UsageError, UserError
 from trinity.base.rundir import RunDir
 from trinity.stages import extend, pretrain, rl, sft
 from trinity.tokenizer import Tokenizer
@@ -69,6 +69,20 @@ def test_pretraining_learns_and_leaves_a_model_that_loads(base):
     model, tokenizer = trinity.load(base)
     text = trinity.generate(model, tokenizer, "The ", max_new_tokens=4, temperature=0.0)
     assert isinstance(text, str)
+
+
+def test_the_start_names_paths_and_optimizers(base):
+    (start,) = RunDir(base).read_events("start")
+    assert set(start["paths"]) == {"local attention", "global attention", "experts", "matrix products"}
+    optimizers = {row[0]: row[3] for row in start["optimizer"]}
+    assert optimizers["layers.*.attn.qkvg.weight"] == "Muon"
+    assert optimizers["embed.weight"] == "AdamW"
+
+
+def test_several_processes_are_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="several processes"):
+        pretrain.run(tiny_config(folder), tmp_path / "run")
 
 
 def test_extension_finds_needles_before_and_after_and_mixes_in_retrieval(folder, base, tmp_path):

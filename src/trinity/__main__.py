@@ -1,4 +1,4 @@
-"""`python -m trinity` is `trinity`; `torchrun -m trinity pretrain ...` starts many processes of one run."""
+"""`python -m trinity` is `trinity`."""
 
 import sys
 

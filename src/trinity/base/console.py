@@ -230,6 +230,11 @@ class TrainingView:
         rest = {k: v for k, v in record.items() if k not in ("time", "stage", "step", "event")}
         shown = "  ".join(f"{key} {value}" for key, value in rest.items() if isinstance(value, str | int | float))
         self._console.say(f"step {record.get('step', 0)}  {record['event']}  {shown}".rstrip()[:400])
+        if isinstance(record.get("paths"), dict):
+            self._console.say("paths: " + "; ".join(f"{name}: {path}" for name, path in record["paths"].items()))
+        if record["event"] == "start" and record.get("optimizer"):
+            table = format_table(("parameters", "shape", "count", "optimizer", "learning rate"), record["optimizer"])
+            self._console.say(f"which optimizer moves what:\n{table}")
 
     def _detail(self, record: dict[str, Any]) -> str:
         narrow = self._console.interactive and self._console.width < NARROW

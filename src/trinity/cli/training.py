@@ -55,52 +55,27 @@ def pretrain(
     _train("pretrain", settings, run_dir, start_from, overlay, show, force, as_json)
 
 
-def extend(
-    start_from: FromOption,
-    settings: SettingsArgument = None,
-    run_dir: OptionalRunDir = None,
-    overlay: OverlayOption = None,
-    show: ShowOption = False,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Extend the context of a model.
+def _later(stage: str, what: str) -> "Callable[..., None]":
+    """The verb of a stage that starts from a model."""
 
-    Settings come from the run behind --from unless a preset is named.
-    """
-    _train("extend", settings, run_dir, start_from, overlay, show, force, as_json)
+    def verb(
+        start_from: FromOption,
+        settings: SettingsArgument = None,
+        run_dir: OptionalRunDir = None,
+        overlay: OverlayOption = None,
+        show: ShowOption = False,
+        force: ForceOption = False,
+        as_json: JsonOption = False,
+    ) -> None:
+        _train(stage, settings, run_dir, start_from, overlay, show, force, as_json)
 
-
-def sft(
-    start_from: FromOption,
-    settings: SettingsArgument = None,
-    run_dir: OptionalRunDir = None,
-    overlay: OverlayOption = None,
-    show: ShowOption = False,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Tune a model on conversations.
-
-    Settings come from the run behind --from unless a preset is named.
-    """
-    _train("sft", settings, run_dir, start_from, overlay, show, force, as_json)
+    verb.__doc__ = f"{what}\n\nSettings come from the run behind --from unless a preset is named."
+    return verb
 
 
-def rl(
-    start_from: FromOption,
-    settings: SettingsArgument = None,
-    run_dir: OptionalRunDir = None,
-    overlay: OverlayOption = None,
-    show: ShowOption = False,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Tune a model on verifiable rewards.
-
-    Settings come from the run behind --from unless a preset is named.
-    """
-    _train("rl", settings, run_dir, start_from, overlay, show, force, as_json)
+extend = _later("extend", "Extend the context of a model.")
+sft = _later("sft", "Tune a model on conversations.")
+rl = _later("rl", "Tune a model on verifiable rewards.")
 
 
 def _train(

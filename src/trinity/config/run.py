@@ -100,7 +100,7 @@ class DataConfig(Frozen):
     streams: PositiveInt = 8
     """Fixed logical streams; any number of ranks that divides it sees the same global batches."""
     document_mask: bool = True
-    """Tokens attend only inside their own document."""
+    """Tokens of a row of the shards attend only inside their own document; off for ablation."""
     max_epochs: PositiveInt = 4
     """Passes over a domain after which it leaves the mixture."""
     prefetch: NonNegativeInt = 2
@@ -189,9 +189,8 @@ class SFTConfig(StageConfig):
 
 
 class RLConfig(StageConfig):
-    """Group-relative policy gradient on verifiable rewards."""
+    """Group-relative policy gradient on verifiable rewards: generated arithmetic."""
 
-    task: Literal["arithmetic"] = "arithmetic"
     steps: PositiveInt = 100
     prompts_per_step: PositiveInt = 32
     group: Annotated[int, Field(ge=2)] = 8
@@ -217,15 +216,6 @@ class EvalConfig(Frozen):
     niah_samples: PositiveInt = 20
     """Questions per cell of length and depth."""
     arithmetic_questions: PositiveInt = 200
-
-
-class ParallelConfig(Frozen):
-    """Sizes of the mesh; their product divides the number of ranks, `shard` takes the rest when it is 0."""
-
-    replicate: PositiveInt = 1
-    shard: NonNegativeInt = 0
-    expert: PositiveInt = 1
-    context: PositiveInt = 1
 
 
 class RuntimeConfig(Frozen):
@@ -261,5 +251,4 @@ class RunConfig(Frozen):
     sft: SFTConfig
     rl: RLConfig
     eval: EvalConfig = EvalConfig()
-    parallel: ParallelConfig = ParallelConfig()
     runtime: RuntimeConfig = RuntimeConfig()

@@ -18,7 +18,7 @@ from trinity.base.rng import derive
 from trinity.config import DataConfig, Phase
 from trinity.data.mixture import Mixture
 from trinity.data.packing import BestFit, Concat
-from trinity.data.rows import DocumentStore, Packer, Rows, empty_rows, finish_row
+from trinity.data.rows import DocumentStore, Packer, Rows, empty_rows, finish_row, without_borders
 from trinity.data.rsdb import RSDB
 
 
@@ -113,7 +113,7 @@ class Loader:
     def fingerprint(self) -> str:
         """Changes with whatever changes the batches, but for the rows of each step and the number of ranks."""
         settings = self._settings
-        parts = [self.mixture.fingerprint, settings.packing, settings.buffer, self._seq_len]
+        parts = [self.mixture.fingerprint, settings.packing, settings.buffer, settings.document_mask, self._seq_len]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def next_rows(self, step: int, num_rows: int, phase: int) -> Rows:
@@ -173,6 +173,8 @@ class Loader:
             if not chunks:
                 raise EndOfDataError(self._describe_end(number, request.phase))
             finish_row(rows, row, chunks)
+        if not self._settings.document_mask:
+            without_borders(rows)
         self._num_rows += request.num_rows
         return rows, self._snapshot()
 

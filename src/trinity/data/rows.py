@@ -126,6 +126,13 @@ def finish_row(rows: Rows, row: int, chunks: list[Chunk]) -> None:
     rows.documents[row] = chunks
 
 
+def without_borders(rows: Rows) -> None:
+    """Make each row one segment, in place: tokens then attend across documents, and positions run on."""
+    real_BT = rows.segments_BT >= 0
+    rows.segments_BT[real_BT] = 0
+    rows.positions_BT[:] = np.where(real_BT, np.arange(rows.tokens_BT.shape[1], dtype=np.int32), 0)
+
+
 def copy_chunk(
     store: DocumentStore, chunk: Chunk, is_end: bool, at: int, tokens_T: np.ndarray, targets_T: np.ndarray
 ) -> None:

@@ -77,10 +77,6 @@ class TensorFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
-    def dtypes(self) -> set[str]:
-        """The safetensors types that occur, such as "BF16"."""
-        return {self._slice(name).get_dtype() for name in self._where}
-
     def read(self, name: str, expert: int | None = None, rows: slice | None = None) -> torch.Tensor:
         """The tensor, or a part of it, in the file's type; FP8 comes back as float32, multiplied by its scale."""
         part = self._slice(name)

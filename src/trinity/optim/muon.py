@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trinity.ops.newton_schulz import COEFFICIENTS, orthogonalize
+from trinity.ops.newton_schulz import COEFFICIENTS, orthogonalize, orthogonalize_reference
 from trinity.optim.groups import MuonMatrix, lr_multiplier
 
 STACK_ELEMENTS = 2**27
@@ -21,8 +21,6 @@ def muon_reference(
     weight: Tensor, grad: Tensor, momentum: Tensor, *, lr: float, beta: float, nesterov: bool, weight_decay: float
 ) -> tuple[Tensor, Tensor]:
     """One Muon step of one matrix [M, N] with the exact U V^T: new (weight, momentum). Plain and slow, for tests."""
-    from trinity.ops.newton_schulz import orthogonalize_reference
-
     momentum = beta * momentum + (1 - beta) * grad
     update = (1 - beta) * grad + beta * momentum if nesterov else momentum
     step = lr * lr_multiplier(*weight.shape) * orthogonalize_reference(update)

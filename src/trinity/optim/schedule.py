@@ -82,10 +82,6 @@ class StepPlan:
     def __iter__(self) -> Iterator[PlannedStep]:
         return (self[step] for step in range(len(self)))
 
-    @property
-    def max_rows(self) -> int:
-        return max(segment.rows for segment in self._segments)
-
     def _lr_scale(self, step: int, tokens: int) -> float:
         stage = self.stage
         if step < stage.warmup_steps:

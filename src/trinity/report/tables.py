@@ -12,6 +12,8 @@ from trinity.config import ModelConfig, RunConfig
 from trinity.report.read import Run, Stage
 from trinity.report.series import is_number, is_step
 
+APART = ("time", "stage", "step", "event", "environment", "paths", "optimizer")
+"""Fields of an event that have a place of their own."""
 MAX_TABLE_EVENTS = 600
 MAX_PROMPTS = 24
 MAX_GRIDS = 6
@@ -182,7 +184,7 @@ def events(run: Run) -> tuple[list[dict[str, str]], int]:
             "stage": stage.title,
             "step": _step(e),
             "event": e["event"],
-            "detail": _detail({k: v for k, v in e.items() if k not in ("time", "stage", "step", "event")}),
+            "detail": _detail({k: v for k, v in e.items() if k not in APART}),
         }
         for stage, e in shown
     ]
@@ -196,7 +198,8 @@ def environment(run: Run) -> list[tuple[str, str]]:
         for e in stage.events:
             if e["event"] in ("start", "resume"):
                 inner = e["environment"] if isinstance(e.get("environment"), dict) else e
-                facts |= {k: v for k, v in inner.items() if k not in ("time", "stage", "step", "event", "environment")}
+                facts |= {k: v for k, v in inner.items() if k not in APART}
+                facts |= e["paths"] if isinstance(e.get("paths"), dict) else {}
     facts |= {k: v for k, v in run.summary.items() if isinstance(v, str | int | float)}
     return [(str(k).replace("_", " "), redact(_text(v))) for k, v in facts.items()]
 

@@ -52,7 +52,7 @@ class StageResult:
 
 
 def about(stage: Stage) -> dict[str, Any]:
-    """Environment, and the path that each operation takes, for the start event."""
+    """Environment, the path that each operation takes, and which optimizer moves what, for the start event."""
     device = torch.cuda.get_device_name(stage.device) if stage.device.type == "cuda" else platform.processor() or "cpu"
     environment = {
         "python": platform.python_version(),
@@ -61,7 +61,13 @@ def about(stage: Stage) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ranks": dist.world_size(),
     }
-    return {"environment": environment, "paths": stage.model.paths(stage.model.layout((1, stage.settings.seq_len)))}
+    # The shortest row that has a window: the paths are the same, the masks of a long row would cost memory.
+    layout = stage.model.layout((1, min(stage.settings.seq_len, stage.config.model.window + 1)))
+    return {
+        "environment": environment,
+        "paths": stage.model.paths(layout),
+        "optimizer": [list(row) for row in stage.optimizer.table()],
+    }
 
 
 def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | None) -> Stage:
@@ -105,6 +111,8 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
 def open_device(config: RunConfig) -> torch.device:
     """The device of this process; also sets the number of CPU threads. Raises UsageError when there is no GPU to
     use."""
+    if dist.world_size() == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("training on several processes is not supported yet: start one, without torchrun")
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     kind = config.runtime.device
@@ -193,7 +201,7 @@ def run_stage(stage: Stage, job: TrainJob, before: Sequence[Evaluation] = ()) ->
                 for record in outcome.metrics:
                     stage.run.append_metric({"stage": stage.name, "step": 0, **record})
                     job.progress.on_metric({"stage": stage.name, "step": 0, **record})
-    result = train(replace(job, about=about(stage)))
+    result = train(replace(job, about={**about(stage), **job.about}))
     if not (result.finished and stage.config.checkpoint.enabled):
         return StageResult(result, None)
     if dist.is_main():

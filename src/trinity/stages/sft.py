@@ -50,6 +50,7 @@ def run(
         run_dir=stage.run,
         evaluations=evaluations,
         fingerprints={"tokenizer": stage.tokenizer.fingerprint, "conversations": data.fingerprint},
+        about={"conversations": len(training), "cut": data.truncated, "dropped": data.dropped},
         progress=progress,
     )
     return run_stage(stage, job, before=evaluations[:1])

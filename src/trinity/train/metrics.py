@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trinity.base import dist
+from trinity.model.balance import max_vio
 
 DEAD_STEPS = 20
 """Steps without a token after which an expert counts as dead."""
@@ -78,8 +79,7 @@ def routing_fields(counts_LE: np.ndarray) -> dict[str, Any]:
     """Balance of a step from its global counts: MaxVio = max n / mean n - 1, and the entropy of the load (1: even)."""
     if counts_LE.size == 0:
         return {"max_vio": None, "max_vio_layers": [], "load_entropy": []}
-    mean_L = np.maximum(counts_LE.mean(1), 1e-30)
-    max_vio_L = np.where(counts_LE.sum(1) > 0, counts_LE.max(1) / mean_L - 1, 0.0)
+    max_vio_L = max_vio(torch.from_numpy(counts_LE)).numpy()
     share_LE = counts_LE / np.maximum(counts_LE.sum(1, keepdims=True), 1e-30)
     entropy_L = -(share_LE * np.log(np.where(share_LE > 0, share_LE, 1.0))).sum(1) / max(
         math.log(counts_LE.shape[1]), 1e-30

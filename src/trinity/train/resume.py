@@ -22,7 +22,6 @@ CHANGEABLE = (
     "checkpoint.",
     "guard.",
     "eval.",
-    "parallel.",
     "runtime.device",
     "runtime.threads",
     "runtime.compile",
