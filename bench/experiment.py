@@ -1,4 +1,4 @@
-"""Train variants of a small model with several seeds, side by side on one device, and compare them.
+"""Train variants of a small model with several seeds, side by side on one or several GPUs, and compare them.
 
     python bench/experiment.py bench/packing.toml --shards DIR --tokenizer DIR --out DIR --seeds 3 --parallel 3
 
@@ -70,6 +70,7 @@ class Running:
     seed: int
     folder: Path
     process: subprocess.Popen[bytes]
+    gpu: int
 
     def stop(self) -> None:
         """Kill the process and its children, compilers of the GPU's code among them."""
@@ -106,6 +107,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--parallel", type=int, default=3, help="processes at a time")
+    parser.add_argument("--gpus", type=int, default=1, help="spread the processes over this many")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--variants", nargs="*", help="only these")
     parser.add_argument("--merge", nargs="*", type=Path, default=[], help="JSON files of earlier calls")
@@ -151,7 +153,8 @@ def run_all(experiment: Experiment, jobs: list[tuple[str, int]], options: argpar
     try:
         while (waiting or running) and time.monotonic() < deadline:
             while waiting and len(running) < options.parallel:
-                running.append(start(experiment, *waiting.pop(0), options))
+                gpu = min(range(options.gpus), key=lambda gpu: sum(r.gpu == gpu for r in running))
+                running.append(start(experiment, *waiting.pop(0), gpu, options))
             time.sleep(0.25)
             for run in [r for r in running if r.process.poll() is not None]:
                 running.remove(run)
@@ -168,13 +171,15 @@ def run_all(experiment: Experiment, jobs: list[tuple[str, int]], options: argpar
         experiment.write()
 
 
-def start(experiment: Experiment, variant: str, seed: int, options: argparse.Namespace) -> Running:
+def start(experiment: Experiment, variant: str, seed: int, gpu: int, options: argparse.Namespace) -> Running:
     folder = experiment.out / f"{variant}-{seed}"
     if folder.exists():
         raise SystemExit(f"{folder} exists already: choose another --out, or name the JSON in it with --merge")
     threads = str(max(1, (os.cpu_count() or 1) // options.parallel - 1))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads}
     environment.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does
+    if options.gpus > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     command = [
         *(sys.executable, str(BENCH / "one_run.py"), "demo"),
         *(f"data.shards={options.shards}", f"data.tokenizer={options.tokenizer}", f"runtime.seed={seed}"),
@@ -183,7 +188,7 @@ def start(experiment: Experiment, variant: str, seed: int, options: argparse.Nam
     ]
     with _log(folder).open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    return Running(variant, seed, folder, process)
+    return Running(variant, seed, folder, process, gpu)
 
 
 def collect(experiment: Experiment, run: Running, seconds: float) -> None:
