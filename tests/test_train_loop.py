@@ -199,6 +199,20 @@ def test_evaluations_come_by_cadence_and_change_nothing(tmp_path: Path) -> None:
     assert numbers(plain.run_dir.read_metrics("step")) == numbers(job.run_dir.read_metrics("step"))
 
 
+def test_an_evaluation_at_the_start_sees_the_weights_that_training_runs_on(tmp_path: Path) -> None:
+    seen: list[tuple[int, torch.dtype]] = []
+
+    def run(model: nn.Module, step: int) -> Outcome:
+        seen.append((step, model.get_parameter("head.weight").dtype))
+        return Outcome()
+
+    config = small_config('runtime.dtype="bfloat16"', "checkpoint.every_steps=1000")
+    train(small_job(tmp_path, config, evaluations=[Evaluation(run, every=0, at_start=True)]))
+    assert seen == [(0, torch.bfloat16), (STEPS, torch.bfloat16)]
+    train(small_job(tmp_path, config, evaluations=[Evaluation(run, every=0, at_start=True)]))
+    assert len(seen) == 2, "a run that goes on starts no second time"
+
+
 def test_an_evaluation_may_end_the_stage(tmp_path: Path) -> None:
     stop = Evaluation(lambda model, step: Outcome(stop="good enough" if step == 12 else None), every=4)
     job = small_job(tmp_path, evaluations=[stop])

@@ -20,13 +20,13 @@ _HAYSTACK_TOKENS = 65536  # of one document: a book is longer than any haystack 
 
 
 def heldout_evaluation(stage: Stage, rows: heldout.HeldOut) -> Evaluation:
-    """Loss and bits per byte every `eval_every` steps and at the end."""
+    """Loss and bits per byte before the first step, every `eval_every` steps and at the end."""
     bytes_V = heldout.token_bytes(stage.tokenizer, stage.config.model.vocab_size)
 
     def run(_model: nn.Module, _step: int) -> Outcome:
         return Outcome([{"kind": "eval", **heldout.evaluate(stage.model, rows, bytes_V, stage.settings.micro_rows)}])
 
-    return Evaluation(run, stage.settings.eval_every, at_phase_end=True)
+    return Evaluation(run, stage.settings.eval_every, at_start=True, at_phase_end=True)
 
 
 def sample_evaluation(stage: Stage, prompts: Sequence[Sequence[int]]) -> Evaluation:
@@ -41,8 +41,8 @@ def sample_evaluation(stage: Stage, prompts: Sequence[Sequence[int]]) -> Evaluat
 
 
 def arithmetic_evaluation(stage: Stage, form: arithmetic.Form) -> Evaluation:
-    """`score` records every `eval_every` steps and at the end: `arithmetic` on problems that no stage trains on, and
-    `arithmetic_seen` on those that generated training data is made of."""
+    """`score` records before the first step, every `eval_every` steps and at the end: `arithmetic` on problems that no
+    stage trains on, and `arithmetic_seen` on those that generated training data is made of."""
     count, most = stage.config.eval.arithmetic_questions, stage.config.rl.max_number
     asked = {
         name: arithmetic.questions(stage.tokenizer, count, most, form=form, held_out=name == "arithmetic")
@@ -54,7 +54,7 @@ def arithmetic_evaluation(stage: Stage, form: arithmetic.Form) -> Evaluation:
         scores = {name: arithmetic.evaluate(complete, questions) for name, questions in asked.items()}
         return Outcome([{"kind": "score", "name": name, **score} for name, score in scores.items()])
 
-    return Evaluation(run, stage.settings.eval_every)
+    return Evaluation(run, stage.settings.eval_every, at_start=True)
 
 
 def niah_evaluation(stage: Stage, haystack: Haystack, every: int, stop_at: float) -> Evaluation:
@@ -68,7 +68,7 @@ def niah_evaluation(stage: Stage, haystack: Haystack, every: int, stop_at: float
         stop = f"MK-NIAH at {length} tokens reached {reached:.3f}" if stop_at < 1 and reached >= stop_at else None
         return Outcome([{"kind": "niah", "haystack": haystack.kind, **record}], stop=stop)
 
-    return Evaluation(run, every)
+    return Evaluation(run, every, at_start=True)
 
 
 def beginnings(shards: Shards, most: int = 4) -> list[list[int]]:

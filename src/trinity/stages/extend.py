@@ -63,4 +63,4 @@ def run(
             fingerprints={"tokenizer": stage.tokenizer.fingerprint, "shards": train_shards.fingerprint},
             progress=progress,
         )
-        return run_stage(stage, job, before=[heldout, needles])
+        return run_stage(stage, job)

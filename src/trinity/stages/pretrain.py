@@ -41,4 +41,4 @@ def run(
             fingerprints={"tokenizer": stage.tokenizer.fingerprint, "shards": train_shards.fingerprint},
             progress=progress,
         )
-        return run_stage(stage, job, before=[heldout])
+        return run_stage(stage, job)

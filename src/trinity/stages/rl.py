@@ -73,7 +73,7 @@ def run(
         fingerprints={"tokenizer": stage.tokenizer.fingerprint},
         progress=progress,
     )
-    return run_stage(stage, job, before=[scores])
+    return run_stage(stage, job)
 
 
 @dataclass(frozen=True)

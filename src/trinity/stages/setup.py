@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from trinity.infer.load import find, find_tokenizer, has_tokenizer, load_model
 from trinity.model.transformer import Transformer
 from trinity.optim.optimizer import MuonAdamW, build_optimizer
 from trinity.tokenizer import Tokenizer
-from trinity.train.job import Evaluation, Silent, TrainJob, TrainResult
+from trinity.train.job import Silent, TrainJob, TrainResult
 from trinity.train.loop import train
 
 # Settings that may differ between a stage and the model that it starts from: where weights began, and how far rows
@@ -185,22 +185,11 @@ def check_batches(stage: Stage, batch_sizes: Iterable[int]) -> None:
             )
 
 
-def run_stage(stage: Stage, job: TrainJob, before: Sequence[Evaluation] = ()) -> StageResult:
-    """Evaluate `before` the first step, train (or go on where the run was left), export the final weights to
-    RUN/model."""
-    fresh = not stage.run.read_events("start")
-    if fresh and stage.run.model.exists():  # it would be replaced at the end
+def run_stage(stage: Stage, job: TrainJob) -> StageResult:
+    """Train, or go on where the run was left, and export the final weights to RUN/model."""
+    if not stage.run.read_events("start") and stage.run.model.exists():  # it would be replaced at the end
         raise UserError(f"{stage.run.model} exists already, but no run is recorded beside it: choose another --run-dir")
     stage.run.create()
-    if fresh:
-        stage.model.eval()
-        for evaluation in before:
-            with torch.no_grad():
-                outcome = evaluation.run(stage.model, 0)
-            if dist.is_main():
-                for record in outcome.metrics:
-                    stage.run.append_metric({"stage": stage.name, "step": 0, **record})
-                    job.progress.on_metric({"stage": stage.name, "step": 0, **record})
     result = train(replace(job, about={**about(stage), **job.about}))
     if not (result.finished and stage.config.checkpoint.enabled):
         return StageResult(result, None)

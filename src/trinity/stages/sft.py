@@ -53,4 +53,4 @@ def run(
         about={"conversations": len(training), "cut": data.truncated, "dropped": data.dropped},
         progress=progress,
     )
-    return run_stage(stage, job, before=evaluations[:1])
+    return run_stage(stage, job)

@@ -73,6 +73,8 @@ class Evaluation:
     at_end: bool = True
     at_phase_end: bool = False
     """Also after the last step of each phase of the plan."""
+    at_start: bool = False
+    """Also before the first step of a new run."""
 
 
 class Progress(Protocol):

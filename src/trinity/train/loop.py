@@ -313,6 +313,10 @@ class _Loop:
         self._forget_records()
         peak = {"peak_flops": self.peak, "peak_source": self.peak_source, **job.about}
         if path is None:
+            if not dist.on_main(lambda: self.run_dir.read_events("start")):
+                for evaluation in job.evaluations:
+                    if evaluation.at_start:
+                        self._evaluate(evaluation.run)
             parameters = sum(p.numel() for p in job.model.parameters())
             self._event("start", parameters=parameters, steps=len(job.plan), **peak)
             self._save(wait=False)
