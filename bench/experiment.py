@@ -24,7 +24,7 @@ from measures import MAX_SEEDS, compare, format_table, measure
 from trinity.base.files import read_json, read_jsonl, write_json
 
 BENCH = Path(__file__).parent
-LOG_TAIL = 1500
+LOG_TAIL = 3000
 REPORT_SECONDS = 20.0
 
 
@@ -199,7 +199,8 @@ def collect(experiment: Experiment, run: Running, seconds: float) -> None:
         shown = ", ".join(f"{name} {figures[name]}" for name in experiment.metrics)
         print(f"[{seconds:4.0f} s] {run.folder.name}: {shown}", flush=True)
     else:
-        tail = _log(run.folder).read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:]
+        log = _log(run.folder).read_text(encoding="utf-8", errors="replace")
+        tail = "\n".join(line for line in log.splitlines() if line and not line.startswith("frame #"))[-LOG_TAIL:]
         experiment.failed[run.folder.name] = tail
         experiment.unfinished[run.folder.name] = measure(run.folder)
         print(f"[{seconds:4.0f} s] {run.folder.name} failed, exit status {run.process.returncode}:\n{tail}", flush=True)

@@ -103,6 +103,9 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
         model.to(getattr(torch, config.runtime.dtype))
     optimizer = build_optimizer(model, config.model, config.optim)
     if config.runtime.compile and device.type == "cuda":
+        # All blocks share one code object: local and global, dense and sparse, with and without gradients, each shape
+        # of an evaluation. Past the limit (8 by default) a block runs uncompiled, with no more than a warning.
+        torch._dynamo.config.recompile_limit = 64
         for block in model.layers:
             block.compile()
     return Stage(name, config, settings, RunDir(run_dir), device, tokenizer, model, optimizer)
