@@ -56,6 +56,8 @@ class OptimConfig(Frozen):
     adamw_eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled, on matrices only. Not public; 0.1 is the field's habit."""
+    hidden: Literal["muon", "adamw"] = "muon"
+    """Which optimizer moves the matrices of the layers; AdamW, at adamw_lr, is for comparison."""
     router: Literal["muon", "adamw"] = "adamw"
     """Which optimizer moves the router's matrix. Not public."""
     clip_norm: PositiveFloat = 1.0
