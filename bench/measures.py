@@ -35,6 +35,8 @@ def measure(run: Path) -> Figures | None:
     - bias_mean: mean over experts and layers of the bias after the last step: where biases drift as a whole.
     - dead_experts: most experts of all layers at any step of `last` that had no token for 20 steps.
     - spikes: bad steps, which the guard skipped.
+    - curve: [step, cross-entropy, MaxVio, dead experts] at up to 60 steps. bias_tail: the biases of the most restless
+      expert (largest deviation over `last`) after each of the last 60 steps.
     """
     records = read_jsonl(run / "metrics.jsonl")
     steps = [r for r in records if r["kind"] == "step"]
@@ -56,15 +58,18 @@ def measure(run: Path) -> Figures | None:
         **bias_figures(run / "biases.npy"),
         "dead_experts": max(sum(r.get("dead_experts") or []) for r in last),
         "spikes": max(r.get("spikes") or 0 for r in steps),
-        "curve": [[r["step"], r["ce"], r.get("max_vio")] for r in steps[:: max(1, len(steps) // CURVE_POINTS)]],
+        "curve": [
+            [r["step"], r["ce"], r.get("max_vio"), sum(r.get("dead_experts") or [])]
+            for r in steps[:: max(1, len(steps) // CURVE_POINTS)]
+        ],
         "evals": evals,
     }
 
 
 def bias_figures(path: Path) -> Figures:
-    """`bias_std`, `bias_oscillation` and `bias_mean` (see `measure`) of biases [steps, L, E]; None without a file."""
+    """What `measure` says about biases [steps, L, E]; None without a file."""
     if not path.exists():
-        return dict.fromkeys(("bias_std", "bias_oscillation", "bias_mean"))
+        return dict.fromkeys(("bias_std", "bias_oscillation", "bias_mean", "bias_tail"))
     bias_SLE = np.load(path, allow_pickle=False).astype(np.float64)
     last_SX = bias_SLE[2 * len(bias_SLE) // 3 :].reshape(-1, bias_SLE[0].size)
     moved_SX = last_SX - last_SX.mean(0)
@@ -74,6 +79,7 @@ def bias_figures(path: Path) -> Figures:
         "bias_std": float(moved_SX.std(0).mean()),
         "bias_oscillation": float((moved_SX - time_S[:, None] * slope_X).std(0).mean()),
         "bias_mean": float(bias_SLE[-1].mean()),
+        "bias_tail": [float(f"{bias:.4g}") for bias in last_SX[-CURVE_POINTS:, moved_SX.std(0).argmax()]],
     }
 
 

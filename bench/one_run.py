@@ -25,10 +25,8 @@ class BiasTrace:
     def __init__(self) -> None:
         self.steps: list[Tensor] = []
 
-    def __call__(
-        self, model: nn.Module, counts_LE: Tensor, settings: BalanceConfig, *, skip: Tensor | None = None
-    ) -> None:
-        apply_balance(model, counts_LE, settings, skip=skip)
+    def __call__(self, model: nn.Module, counts_LE: Tensor, settings: BalanceConfig, **more: Tensor | None) -> None:
+        apply_balance(model, counts_LE, settings, **more)
         biases = [buffer for name, buffer in model.named_buffers() if name.endswith("moe.router.bias")]
         self.steps.append(torch.stack(biases))
 

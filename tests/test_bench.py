@@ -3,20 +3,29 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from measures import T95, bias_figures, compare, interval
+import one_run
+import plot
+from measures import T95, bias_figures, compare, interval, measure
 from stage_fixtures import write_inputs
+from trinity.base.files import write_json
 from trinity.config import resolve
+from trinity.train import step
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
+EXPERIMENTS = ["packing", "balancing", "optimizers", "ablations"]
 TOY = """
 [model]
 vocab_size = 512
@@ -106,10 +115,8 @@ def test_a_drift_is_no_oscillation(tmp_path: Path) -> None:
     assert drift["bias_std"] == pytest.approx(0.01 * 100 / math.sqrt(12), rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["packing", "balancing"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_variant_resolves(name: str) -> None:
-    import tomllib
-
     content = tomllib.loads((BENCH / f"{name}.toml").read_text())
     base, _ = resolve("demo", [BENCH / "small.toml"], content.get("settings", []))
     for settings in content["variants"].values():
@@ -118,6 +125,42 @@ def test_every_variant_resolves(name: str) -> None:
         assert config.pretrain.batch[0].rows // config.pretrain.micro_rows >= 16
     baselines = {content["baseline"], *content.get("baselines", {}).values(), *content.get("baselines", {})}
     assert baselines <= set(content["variants"])
+
+
+def toy_settings(settings: list[str]) -> list[str]:
+    """The settings of a variant with its phases on the toy's domains and tokens."""
+    shorter = [re.sub(r"tokens=(\d+)000000", lambda found: f"tokens={512 * int(found[1])}", each) for each in settings]
+    return [re.sub(r"(docs|multilingual|web)=1", "prose=1", each) for each in shorter]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_variant_runs(name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At toy size, in this process: figures of every metric, and a drawing of them."""
+    content = tomllib.loads((BENCH / f"{name}.toml").read_text())
+    runs: dict[str, Any] = {}
+    monkeypatch.setattr(step, "apply_balance", step.apply_balance)  # put back what a run puts there
+    for variant, settings in content["variants"].items():
+        data = (f"data.shards={inputs / 'shards'}", f"data.tokenizer={inputs / 'tokenizer'}")
+        words = ("demo", *data, *content.get("settings", []), *toy_settings(settings))
+        arguments = ["one_run.py", *words, "--overlay", str(inputs / "toy.toml"), "--run-dir", str(tmp_path / variant)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        one_run.main()
+        figures = measure(tmp_path / variant)
+        assert figures is not None
+        if "phases" not in str(settings):
+            assert figures["steps"] == 8
+        for metric in content["metrics"]:
+            assert math.isfinite(figures[metric]), (variant, metric)
+        runs[variant] = {"0": figures}
+    write_json(tmp_path / f"{name}.json", {"experiment": name, "runs": runs})
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / f"{name}.json"), str(tmp_path / "plot.svg")])
+    plot.main()
+    root = ElementTree.parse(tmp_path / "plot.svg").getroot()
+    texts = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    for variant in content["variants"]:
+        assert any(text.startswith(f"{variant}, held-out loss") for text in texts)
+    lines = list(root.iter("{http://www.w3.org/2000/svg}polyline"))
+    assert len(lines) >= 2 * len(content["variants"])
 
 
 def test_an_experiment_and_its_continuation(inputs: Path, tmp_path: Path) -> None:

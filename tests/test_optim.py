@@ -88,6 +88,26 @@ def test_groups_split_fused_matrices_and_cover_every_parameter() -> None:
     assert parts.keys() | groups.adamw_decay.keys() | groups.adamw_vectors.keys() == model.tensors.keys()
     with_router = group_parameters(model.named_parameters(), CONFIG, OptimConfig(router="muon"))
     assert "layers.1.moe.router.weight" in {m.name for m in with_router.muon}
+    adamw = group_parameters(model.named_parameters(), CONFIG, OptimConfig(hidden="adamw", router="muon"))
+    assert adamw.muon == []
+    assert adamw.adamw_decay.keys() | adamw.adamw_vectors.keys() == model.tensors.keys()
+
+
+def test_adamw_alone_moves_every_parameter() -> None:
+    """Against torch.optim.AdamW over the same parameters, with decay on matrices only."""
+    model, other = Model(), Model()
+    optimizer = build_optimizer(model, CONFIG, OptimConfig(hidden="adamw"))
+    matrices = [p for p in other.tensors.values() if p.ndim > 1]
+    vectors = [p for p in other.tensors.values() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    oracle = torch.optim.AdamW(groups, lr=2e-4, betas=(0.9, 0.95), eps=1e-8)
+    for seed in range(3):
+        for m in (model, other):
+            m.give_gradients(seed)
+        optimizer.step()
+        oracle.step()
+    for name, p in model.tensors.items():
+        torch.testing.assert_close(p, other.tensors[name])
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

@@ -62,8 +62,9 @@ def test_the_skip_on_the_device_changes_nothing() -> None:
     assert runner.run(job.plan[2], job.source.next_batch(2)).read()["skip"] == 0
 
 
-def test_a_step_does_not_wait_for_the_device() -> None:
-    job = gpu_job(Path(), [])
+@pytest.mark.parametrize("kind", ["smebu", "sign", "quantile"])
+def test_a_step_does_not_wait_for_the_device(kind: str) -> None:
+    job = gpu_job(Path(), [], f"balance.kind={kind}")
     device = torch.device("cuda", torch.cuda.current_device())
     masters = MasterWeights(job.model, torch.bfloat16)
     guard = SpikeGuard(job.config.guard, device)

@@ -29,9 +29,12 @@ PER_LAYER = (
 )
 
 
-def one_step(micro_rows: int, tmp_path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], nn.Module]:
+def one_step(
+    micro_rows: int, tmp_path: Path, *overrides: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], nn.Module]:
     """The numbers, gradients and model of the first step, with its 4 rows in micro-batches of `micro_rows`."""
-    config = small_config(f"pretrain.micro_rows={micro_rows}", "loss.z_loss=0.01", "loss.sequence_loss=0.05")
+    sizes = (f"pretrain.micro_rows={micro_rows}", "loss.z_loss=0.01", "loss.sequence_loss=0.05")
+    config = small_config(*sizes, *overrides)
     job = small_job(tmp_path, config)
     gradients: dict[str, torch.Tensor] = {}
     step = job.optimizer.step
@@ -100,6 +103,28 @@ def test_counts_are_summed_and_move_the_biases_once(tmp_path: Path) -> None:
         delta = settings.rate * torch.tanh(settings.kappa * violation)
         expected = (1 - settings.momentum) * (delta - delta.mean())
         torch.testing.assert_close(bias.double(), expected, rtol=1e-4, atol=1e-8)
+
+
+def test_quantile_biases_of_micro_batches_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    found = [dict(one_step(rows, tmp_path, "balance.kind=quantile")[2].named_buffers()) for rows in (4, 2, 1)]
+    biases = [name for name in found[0] if name.endswith("router.bias")]
+    assert len(biases) == 3
+    for name in biases:
+        assert found[0][name].abs().max() > 1e-3
+        for other in found[1:]:  # the last bits of a score depend on the size of a batch
+            torch.testing.assert_close(other[name], found[0][name], atol=2e-4, rtol=0)
+
+
+def test_one_step_of_quantile_balancing_undoes_a_bad_bias(tmp_path: Path) -> None:
+    job = small_job(tmp_path, small_config("balance.kind=quantile"))
+    for name, buffer in job.model.named_buffers():
+        if name.endswith("router.bias"):
+            buffer.copy_(torch.tensor([0.4, 0.1, -0.2, -0.3]))
+    train(job)
+    records = job.run_dir.read_metrics("step")
+    assert records[0]["max_vio"] == pytest.approx(1)  # two of four experts have all tokens
+    assert max(r["max_vio"] for r in records[1:]) < 0.6
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5
 
 
 def test_clipping() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from test_train_killed import start, wait_for_step
-from train_helpers import STEPS, small_job, weights
+from train_helpers import STEPS, small_config, small_job, weights
 from trinity.base.rundir import RunDir
 from trinity.train import train
 from trinity.train.checkpoint import list_checkpoints, load_checkpoint
@@ -20,6 +20,21 @@ def start_all(path: Path, store: Path, *overrides: str):
         start(path, *overrides, "--rank", str(rank), "--ranks", str(RANKS), "--store", str(store))
         for rank in range(RANKS)
     ]
+
+
+@pytest.mark.slow
+def test_quantile_balancing_sums_its_histograms_over_ranks(tmp_path: Path) -> None:
+    """A bias that comes from one rank's half of the batch would be another one from the first step on."""
+    alone = small_job(tmp_path / "alone", small_config("balance.kind=quantile"))
+    train(alone)
+    for process in start_all(tmp_path / "together", tmp_path / "store", "balance.kind=quantile"):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    records = RunDir(tmp_path / "together").read_metrics("step")
+    for found, expected in zip(records[:3], alone.run_dir.read_metrics("step"), strict=False):
+        for name in ("bias_min", "bias_max", "bias_norm"):
+            assert found[name] == pytest.approx(expected[name], abs=5e-4), name
+        assert min(found["bias_max"]) > 1e-3
 
 
 @pytest.mark.slow

@@ -20,9 +20,9 @@ class TokenizerConfig(Frozen):
 class BalanceConfig(Frozen):
     """How the expert biases move, once per optimizer step (spec section 3)."""
 
-    kind: Literal["smebu", "sign", "none"] = "smebu"
+    kind: Literal["smebu", "sign", "quantile", "none"] = "smebu"
     rate: NonNegativeFloat = 5e-4
-    """lambda of SMEBU, gamma of the sign update."""
+    """lambda of SMEBU, gamma of the sign update; quantile balancing has no rate."""
     kappa: PositiveFloat = 2.0
     """Steepness of SMEBU's tanh; to infinity it becomes the sign update."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
@@ -56,6 +56,8 @@ class OptimConfig(Frozen):
     adamw_eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled, on matrices only. Not public; 0.1 is the field's habit."""
+    hidden: Literal["muon", "adamw"] = "muon"
+    """Which optimizer moves the matrices of the layers; AdamW, at adamw_lr, is for comparison."""
     router: Literal["muon", "adamw"] = "adamw"
     """Which optimizer moves the router's matrix. Not public."""
     clip_norm: PositiveFloat = 1.0
@@ -252,3 +254,9 @@ class RunConfig(Frozen):
     rl: RLConfig
     eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.balance.kind == "quantile" and self.model.experts_per_token == self.model.num_experts:
+            raise ValueError("balance.kind = quantile needs model.experts_per_token below model.num_experts")
+        return self

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trinity.config.model import ModelConfig
+from trinity.model.balance import MARGIN_BINS, margin_bins
 from trinity.model.linear import empty_parameter
 
 
@@ -21,6 +22,8 @@ class Routing(NamedTuple):
     """fp32: sigmoid of the logits, without bias."""
     logits_NE: Tensor
     """fp32"""
+    bins_NE: Tensor | None = None
+    """int64: bin of each margin (`balance.margin_bins`), where they are recorded."""
 
 
 class LayerStats(NamedTuple):
@@ -33,6 +36,8 @@ class LayerStats(NamedTuple):
     logit_max: Tensor
     entropy: Tensor
     """Mean over tokens of the entropy of scores / sum(scores), in nats."""
+    margins_EB: Tensor | None = None
+    """int64: histogram of each expert's margins over the tokens, where they are recorded."""
 
 
 class Documents(NamedTuple):
@@ -60,6 +65,8 @@ class Router(nn.Module):
         super().__init__()
         self.experts_per_token = config.experts_per_token
         self.route_norm, self.route_scale = config.route_norm, config.route_scale
+        self.records_margins = False
+        """For quantile balancing, in forward passes with gradients."""
         self.weight = empty_parameter(config.num_experts, config.dim)
         self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
         self.register_buffer("momentum", torch.zeros(config.num_experts, dtype=torch.float32))
@@ -68,11 +75,18 @@ class Router(nn.Module):
         """The product is computed in fp32 for the same reason as the bias is: rounded logits would tie."""
         logits_NE = F.linear(x_ND.float(), self.weight.float())
         scores_NE = logits_NE.sigmoid()
-        indices_Nk = (scores_NE.detach() + self.bias).topk(self.experts_per_token, dim=-1).indices
+        biased_NE = scores_NE.detach() + self.bias
+        bins_NE = None
+        if self.records_margins and torch.is_grad_enabled():
+            top = biased_NE.topk(self.experts_per_token + 1, dim=-1)
+            indices_Nk = top.indices[:, :-1].contiguous()
+            bins_NE = margin_bins(scores_NE.detach(), top.values[:, -1], self.bias)
+        else:
+            indices_Nk = biased_NE.topk(self.experts_per_token, dim=-1).indices
         weights_Nk = scores_NE.gather(1, indices_Nk)
         if self.route_norm:
             weights_Nk = weights_Nk / (weights_Nk.sum(dim=-1, keepdim=True) + 1e-20)
-        return Routing(indices_Nk, weights_Nk * self.route_scale, scores_NE, logits_NE)
+        return Routing(indices_Nk, weights_Nk * self.route_scale, scores_NE, logits_NE, bins_NE)
 
     def _apply(self, fn, recurse=True):
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -99,7 +113,7 @@ def routing_stats(routing: Routing, documents: Documents) -> LayerStats:
     load_i = times / T, that is E / k * the mean over all tokens of sum_i load_i(the token's document) * p_i, which
     needs no loop over documents.
     """
-    indices_Nk, _, scores_NE, logits_NE = routing
+    indices_Nk, _, scores_NE, logits_NE, bins_NE = routing
     document_N, num_documents, real_N = documents
     num_experts, experts_per_token = scores_NE.shape[1], indices_Nk.shape[1]
     with torch.no_grad():
@@ -122,4 +136,14 @@ def routing_stats(routing: Routing, documents: Documents) -> LayerStats:
             low = logits_NE.masked_fill(~real_N[:, None], float("inf")).min()
             high = logits_NE.masked_fill(~real_N[:, None], float("-inf")).max()
             entropy = (entropy_N * ones_N).sum() / real_tokens
-    return LayerStats(times_ME.sum(dim=0), sequence_loss, low, high, entropy)
+        margins_EB = None if bins_NE is None else _histogram(bins_NE, ones_N)
+    return LayerStats(times_ME.sum(dim=0), sequence_loss, low, high, entropy, margins_EB)
+
+
+def _histogram(bins_NE: Tensor, ones_N: Tensor) -> Tensor:
+    """How often each bin occurs in each column: int64 [E, MARGIN_BINS]; rows count `ones_N` times."""
+    num_experts = bins_NE.shape[1]
+    cell_NE = bins_NE + torch.arange(num_experts, device=bins_NE.device) * MARGIN_BINS
+    counts = bins_NE.new_zeros(num_experts * MARGIN_BINS)
+    counts.scatter_add_(0, cell_NE.flatten(), ones_N[:, None].expand_as(cell_NE).flatten())
+    return counts.view(num_experts, MARGIN_BINS)

@@ -38,6 +38,8 @@ class RoutingStats:
     logit_max_L: Tensor
     entropy_L: Tensor
     """Mean over tokens of the entropy of the normalised scores, in nats."""
+    margins_LEB: Tensor | None = None
+    """int64: histograms of the margins (`balance.margin_bins`), where they are recorded."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,12 @@ class Transformer(nn.Module):
     def blocks(self) -> list[Block]:
         """The layers with their type."""
         return [cast("Block", block) for block in self.layers]
+
+    def record_margins(self) -> None:
+        """From now on count what quantile balancing needs, in forward passes with gradients."""
+        for block in self.blocks:
+            if block.moe is not None:
+                block.moe.router.records_margins = True
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -180,5 +188,12 @@ class Transformer(nn.Module):
             counts_LE = torch.zeros(0, self.config.num_experts, dtype=torch.int64, device=device)
             nothing_L = torch.zeros(0, device=device)
             return RoutingStats(counts_LE, torch.zeros((), device=device), nothing_L, nothing_L, nothing_L)
-        counts, losses, low, high, entropy = (torch.stack(column) for column in zip(*stats, strict=True))
-        return RoutingStats(counts, losses.sum(), low, high, entropy)
+        counts, losses, low, high, entropy, margins = zip(*stats, strict=True)
+        return RoutingStats(
+            torch.stack(counts),
+            torch.stack(losses).sum(),
+            torch.stack(low),
+            torch.stack(high),
+            torch.stack(entropy),
+            None if margins[0] is None else torch.stack(margins),
+        )

@@ -22,7 +22,7 @@ class MuonMatrix:
 class ParameterGroups:
     muon: list[MuonMatrix]
     adamw_decay: dict[str, nn.Parameter]
-    """Matrices under AdamW: embedding, head and, by setting, the routers."""
+    """Matrices under AdamW: embedding, head and, by setting, the routers or all."""
     adamw_vectors: dict[str, nn.Parameter]
     """Norm gains; no weight decay."""
 
@@ -49,14 +49,16 @@ def matrix_parts(name: str, shape: Iterable[int], config: ModelConfig) -> tuple[
 def group_parameters(
     named: Iterable[tuple[str, nn.Parameter]], config: ModelConfig, settings: OptimConfig
 ) -> ParameterGroups:
-    """Muon: every matrix of a layer. AdamW: embedding, head, every vector. The router goes by `settings.router`."""
+    """Muon: every matrix of a layer. AdamW: embedding, head, every vector. The router goes by `settings.router`; with
+    `settings.hidden` AdamW moves all."""
     muon: list[MuonMatrix] = []
     matrices: dict[str, nn.Parameter] = {}
     vectors: dict[str, nn.Parameter] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
-        outside = not name.startswith("layers.") or (name.endswith("router.weight") and settings.router == "adamw")
+        outside = settings.hidden == "adamw" or not name.startswith("layers.")
+        outside |= name.endswith("router.weight") and settings.router == "adamw"
         if parameter.ndim < 2:
             vectors[name] = parameter
         elif outside:

@@ -111,6 +111,7 @@ class PolicyGradient:
             mean=result.sum.detach() / there_BT.sum().clamp(min=1),
             counts_LE=routing.counts_LE,
             extremes={"router_max": routing.logit_max_L, "router_negated_min": -routing.logit_min_L},
+            margins_LEB=routing.margins_LEB,
         )
 
 

@@ -54,6 +54,8 @@ class LossOutput:
     """Tokens routed to each expert."""
     extremes: Mapping[str, Tensor] = field(default_factory=dict)
     """Scalars or vectors of which the step reports the largest: logit_max, router_max [L], ..."""
+    margins_LEB: Tensor | None = None
+    """Histograms of margins, for quantile balancing."""
 
 
 class LossFunction(Protocol):
@@ -96,6 +98,7 @@ def language_model_loss(model: nn.Module, batch: Batch, share: Share, settings: 
             "router_max": routing.logit_max_L,
             "router_negated_min": -routing.logit_min_L,
         },
+        margins_LEB=routing.margins_LEB,
     )
 
 

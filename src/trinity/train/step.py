@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from trinity.base import dist
 from trinity.config import RunConfig
-from trinity.model.balance import apply_balance
+from trinity.model.balance import apply_balance, needs_margins
+from trinity.model.transformer import Transformer
 from trinity.optim.schedule import PlannedStep
 from trinity.train.guard import SpikeGuard
 from trinity.train.job import Optimizer
@@ -37,6 +38,11 @@ class StepRunner:
     guard: SpikeGuard
     masters: MasterWeights
     device: torch.device
+
+    def __post_init__(self) -> None:
+        if needs_margins(self.config.balance):
+            assert isinstance(self.model, Transformer), f"the model is a {type(self.model).__name__}"
+            self.model.record_margins()
 
     def run(self, planned: PlannedStep, micro_batches: Sequence[Any], *, stop: bool = False) -> Packed:
         """Take one step; its numbers are on their way to the host when this returns.
@@ -62,7 +68,8 @@ class StepRunner:
         self.masters.refresh()
         counts_LE = packed.device_value("counts")
         if counts_LE.numel():
-            apply_balance(self.model, counts_LE, self.config.balance, skip=verdict.skip)
+            margins_LEB = totals.margins()
+            apply_balance(self.model, counts_LE, self.config.balance, margins_LEB=margins_LEB, skip=verdict.skip)
 
         packed.append(
             {"grad_norm": norm, "skip": verdict.skip, "spike_scores": verdict.scores_2, **bias_stats(self.model)}
@@ -105,6 +112,7 @@ class Totals:
         self._summed: dict[str, Tensor] = {}
         self._largest: dict[str, Tensor] = {}
         self._means: list[Tensor] = []
+        self._margins_LEB: Tensor | None = None
 
     def add(self, output: LossOutput) -> None:
         mean = output.mean.detach().double()
@@ -117,6 +125,15 @@ class Totals:
             value = value.detach().double()
             self._largest[name] = torch.maximum(self._largest[name], value) if name in self._largest else value
         self._means.append(mean)
+        if output.margins_LEB is not None:
+            self._margins_LEB = (
+                output.margins_LEB if self._margins_LEB is None else self._margins_LEB + output.margins_LEB
+            )
+
+    def margins(self) -> Tensor | None:
+        """Histograms of margins (int64 [L, E, B]) over all ranks. Not among the step's numbers: the host has no use
+        for them."""
+        return None if self._margins_LEB is None else dist.all_reduce_sum(self._margins_LEB.clone())
 
     def pack(self, stop: bool) -> Packed:
         asked = torch.full_like(self._means[0], float(stop))
