@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -311,14 +312,27 @@ def test_kills_with_two_workers_do_not_change_the_result(tmp_path):
 
 @pytest.mark.slow
 def test_many_kills_do_not_change_the_result(tmp_path):
+    """40 kills: half at random moments with two workers, half at random flushes to disk, each time to the end."""
     killed = Killed(tmp_path, unit_bytes=2000)
     rng = np.random.default_rng(7)
-    assert sum(killed.child(2, seconds=rng.uniform(0.2, 0.7)) for _ in range(10)) >= 5
-    killed.check()
+    started = time.monotonic()
+    assert not killed.child(2)
+    whole_run = time.monotonic() - started
+
+    def kill(times: int, child: Callable[[], bool]) -> None:
+        kills = whole = 0
+        while kills < times:
+            assert whole <= times, "it ends before it can be killed"
+            if child():
+                kills += 1
+            else:  # done in spite of the kills before: once more from the beginning
+                whole += 1
+                killed.check()
+                shutil.rmtree(killed.out)
+        killed.check()
+        shutil.rmtree(killed.out)
+
     shutil.rmtree(killed.out)
-    kills = 0
+    kill(20, lambda: killed.child(2, seconds=rng.uniform(0, whole_run)))
     # A step must be able to end: only committed units count, and the index is written in one go of about 90 flushes.
-    while killed.child(1, syncs=int(rng.integers(1, 200))):
-        kills += 1
-    assert kills >= 5
-    killed.check()
+    kill(20, lambda: killed.child(1, syncs=int(rng.integers(1, 200))))
