@@ -104,6 +104,13 @@ def test_the_start_says_the_path_of_each_operation_and_which_optimizer_moves_wha
     assert "Muon" in text
 
 
+def test_the_death_of_an_expert_is_a_warning() -> None:
+    stream = io.StringIO()
+    with Console(stream, interactive=False).training("pretrain", 10) as view:
+        view.on_event({"event": "dead_expert", "step": 20, "layer": 3, "experts": [5, 17]})
+    assert "warning: experts [5, 17] of layer 3 get no tokens" in stream.getvalue()
+
+
 def test_a_closed_pipe_ends_nothing() -> None:
     console = Console(Closed())
     console.say("one")

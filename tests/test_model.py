@@ -157,6 +157,23 @@ def test_the_bias_selects_and_does_not_weigh() -> None:
     torch.testing.assert_close(after.weights_Nk, 2.0 * chosen / chosen.sum(1, keepdim=True))
 
 
+def test_the_bias_has_no_part_in_any_gradient() -> None:
+    """Gradients of router and input are those of the formula without a bias, on the experts that the bias selected."""
+    router = routers(build())[0]
+    router.bias.copy_(torch.linspace(-0.4, 0.4, 6))
+    draws = torch.Generator().manual_seed(0)
+    x, cotangent = torch.randn(50, 16, generator=draws, requires_grad=True), torch.randn(50, 2, generator=draws)
+    routing = router(x)
+    found = torch.autograd.grad((routing.weights_Nk * cotangent).sum(), [x, router.weight])
+    chosen = (x @ router.weight.T).sigmoid().gather(1, routing.indices_Nk)
+    weights = 2.0 * chosen / chosen.sum(1, keepdim=True)
+    expected = torch.autograd.grad((weights * cotangent).sum(), [x, router.weight])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.abs().max() > 0
+    assert "bias" not in {name.rpartition(".")[2] for name, _ in router.named_parameters()}
+
+
 def naive_sequence_loss(model: Transformer, routing, segments_BT: Tensor) -> Tensor:
     """The formula of the specification, document by document."""
     k, E = model.config.experts_per_token, model.config.num_experts

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fake_run import HOSTILE, make_pipeline, make_stage, write_lines
+from fake_run import HOSTILE, event, make_pipeline, make_stage, write_lines
 from trinity.base.errors import UserError
 from trinity.report import write_report
 from trinity.report.charts import stage_charts
@@ -56,6 +56,23 @@ def test_a_pipeline_gives_one_page_with_every_section(tmp_path: Path) -> None:
     assert stages[3]["charts"]["reward"]["curves"][0]["lo"]
     assert stages[0]["load"]["experts"] == 8
     assert stages[0]["load"]["first"] == 1
+
+
+def test_experts_that_died_are_a_warning_at_the_top(tmp_path: Path) -> None:
+    calm = write_report(make_stage(tmp_path / "calm", steps=30)).read_text()
+    assert "experts died" not in calm
+    folder = make_stage(tmp_path / "dying", steps=30)
+    with (folder / "events.jsonl").open("a") as file:
+        file.writelines(
+            json.dumps(event("pretrain", step, "dead_expert", layer=step, experts=experts)) + "\n"
+            for step, experts in ((20, [5, 17]), (21, list(range(40))), (22, HOSTILE), (23, []))
+        )
+    text = write_report(folder).read_text()
+    [notice] = re.findall(r'<p class="notice" role="note">(.*?)</p>', text)
+    assert notice.startswith("Pretraining: experts died 42 times")
+    assert "layer 20, experts 5, 17, step 20" in notice
+    assert len(notice) < 400
+    assert {m["x"] for m in page_data(folder / "report.html")["stages"][0]["marks"] if m["kind"] == "dead_expert"}
 
 
 def test_the_page_loads_nothing(tmp_path: Path) -> None:

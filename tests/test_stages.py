@@ -143,6 +143,26 @@ def test_a_stopped_stage_goes_on_to_the_same_end(folder, base, tmp_path, name, u
     assert [r["loss"] for r in records[0]] == [r["loss"] for r in records[1]]
 
 
+def test_the_state_of_smebu_is_saved_restored_exported_and_imported(folder, tmp_path):
+    """Bit for bit through checkpoint and resumption; through the public layout the biases, while momenta begin anew."""
+    pretrain.run(tiny_config(folder), tmp_path / "straight")
+    pretrain.run(tiny_config(folder), tmp_path / "stopped", progress=StopAfter(3))
+    halfway = final_state(tmp_path / "stopped")[1]
+    pretrain.run(tiny_config(folder), tmp_path / "stopped")
+    straight, resumed = (final_state(tmp_path / name)[1] for name in ("straight", "stopped"))
+    state = [name for name in straight if name.endswith(("router.bias", "router.momentum"))]
+    assert len(state) == 6
+    imported = trinity.load(tmp_path / "stopped/model")[0].state_dict()
+    for name in state:
+        assert straight[name].dtype == torch.float32
+        assert straight[name].abs().max() > 0
+        assert torch.equal(straight[name], resumed[name])
+        assert not torch.equal(straight[name], halfway[name])
+        expected = resumed[name] if name.endswith("bias") else torch.zeros_like(resumed[name])
+        assert torch.equal(imported[name], expected)
+        assert imported[name].dtype == torch.float32
+
+
 def test_balancing_stays_on_in_every_stage(folder, base, tmp_path):
     sft.run(tiny_config(folder), tmp_path / "sft", start_from=base)
     before, after = (

@@ -230,6 +230,8 @@ class TrainingView:
         rest = {k: v for k, v in record.items() if k not in ("time", "stage", "step", "event")}
         shown = "  ".join(f"{key} {value}" for key, value in rest.items() if isinstance(value, str | int | float))
         self._console.say(f"step {record.get('step', 0)}  {record['event']}  {shown}".rstrip()[:400])
+        if record["event"] == "dead_expert":
+            self._console.say(f"warning: experts {record.get('experts')} of layer {record.get('layer')} get no tokens")
         if isinstance(record.get("paths"), dict):
             self._console.say("paths: " + "; ".join(f"{name}: {path}" for name, path in record["paths"].items()))
         if record["event"] == "start" and record.get("optimizer"):

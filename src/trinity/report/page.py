@@ -81,6 +81,7 @@ def _page(run: Run) -> dict[str, Any]:
     for row in event_rows:
         kinds[row["event"]] = kinds.get(row["event"], 0) + 1
     notes = [note for stage in run.stages for note in stage.notes]
+    notes += [note for stage in run.stages for note in tables.deaths(stage)]
     repeated = sum(stage.repeated for stage in run.stages)
     if repeated:
         notes.append(

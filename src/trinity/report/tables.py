@@ -17,6 +17,8 @@ APART = ("time", "stage", "step", "event", "environment", "paths", "optimizer")
 MAX_TABLE_EVENTS = 600
 MAX_PROMPTS = 24
 MAX_GRIDS = 6
+MAX_DEAD = 8
+"""Deaths, and experts of one of them, that a warning names."""
 NONE = "\N{EN DASH}"
 SHORT = {"pretrain": "Pretrain", "extend": "Extend", "sft": "SFT", "rl": "RL"}
 
@@ -68,6 +70,20 @@ def card(stage: Stage) -> dict[str, Any]:
         "label": label,
         "facts": facts,
     }
+
+
+def deaths(stage: Stage) -> list[str]:
+    """A warning for a stage in which experts died: which, of which layer, at which step."""
+    died = [e for e in stage.events if e["event"] == "dead_expert" and isinstance(e.get("experts"), list)]
+    if not died:
+        return []
+    count = sum(len(e["experts"]) for e in died)
+    first = "; ".join(
+        f"layer {e.get('layer')}, experts {', '.join(map(str, e['experts'][:MAX_DEAD]))}, step {e.get('step')}"
+        for e in died[:MAX_DEAD]
+    )
+    more = "; ..." if len(died) > MAX_DEAD else ""
+    return [f"{stage.title}: experts died {count} times, having got no token for many steps: {first}{more}"]
 
 
 def _headline(stage: Stage) -> tuple[str, str]:
