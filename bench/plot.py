@@ -70,14 +70,13 @@ def panels(runs: Mapping[str, Mapping[str, Any]]) -> list[Panel]:
 def _curves(runs: Mapping[str, Mapping[str, Any]], column: int) -> list[Line]:
     lines = []
     for name, seeds in runs.items():
-        rows = np.array([f["curve"] for f in seeds.values()], dtype=np.float64)  # seeds have the same steps
-        with np.errstate(all="ignore"):
-            y_SN = rows[:, :, column]
-            seen_N = np.isfinite(y_SN).any(axis=0)
-            y_SN = y_SN[:, seen_N]
-            if y_SN.size:
-                x_N = rows[0, seen_N, 0]
-                lines.append(Line(name, x_N, np.nanmean(y_SN, 0), np.nanmin(y_SN, 0), np.nanmax(y_SN, 0)))
+        curves = [f["curve"] for f in seeds.values()]  # seeds have the same steps; older results have fewer columns
+        y_SN = np.array([[p[column] if column < len(p) else None for p in c] for c in curves], dtype=np.float64)
+        seen_N = np.isfinite(y_SN).any(axis=0)
+        y_SN = y_SN[:, seen_N]
+        if y_SN.size:
+            x_N = np.array([point[0] for point in curves[0]], dtype=np.float64)[seen_N]
+            lines.append(Line(name, x_N, np.nanmean(y_SN, 0), np.nanmin(y_SN, 0), np.nanmax(y_SN, 0)))
     return lines
 
 
