@@ -214,3 +214,26 @@ def test_the_starting_point(inputs: Path, tmp_path: Path) -> None:
     assert [step["step"] for step in found["steps"]] == [1, 2, 3]
     assert found["mfu_median"] > 0
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_cost_of_the_optimizer_step(inputs: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "optimizer.py"), "--out", str(tmp_path / "cost.json"), "--preset", "demo"]
+    command += ["--overlay", str(inputs / "toy.toml"), "--seq-len", "64", "--micro-rows", "2", "--tokens", "1024"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*command, "--repeats", "2"], env=environment, timeout=120, check=True)
+    found = json.loads((tmp_path / "cost.json").read_text())
+    assert found["compute_seconds"] == pytest.approx(8 * found["micro_batch_seconds"])
+    step = found["compute_seconds"] + found["optimizer_seconds"]
+    assert found["share"] == pytest.approx(found["optimizer_seconds"] / step)
+    assert 0 < found["muon_parameters"] < found["parameters"]
+
+
+def test_the_stall_of_saving(inputs: Path, tmp_path: Path) -> None:
+    more = ("--steps", "14", "--every", "5", "--interval", "50")
+    done = run_script("save_stall.py", inputs, tmp_path, *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "save_stall.json").read_text())
+    assert found["saves"] == 2
+    assert [s["step"] for s in found["steps"]] == list(range(1, 15))
+    assert 0 < found["stall_seconds_median"] <= found["stall_seconds_largest"]
+    assert found["share_at_50_steps"] < 1

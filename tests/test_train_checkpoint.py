@@ -3,7 +3,9 @@
 import json
 import os
 import pickle
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from train_helpers import small_job
 from trinity.base.errors import UserError
-from trinity.train import checkpoint, tensorfile
+from trinity.train import checkpoint, tensorfile, train
 from trinity.train.checkpoint import (
     CheckpointWriter,
     Snapshot,
@@ -254,6 +257,157 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path, data: bytes) 
     forge(path, "model.safetensors", data)
     with pytest.raises(UserError, match=r"model\.safetensors is not a readable safetensors file"):
         load_checkpoint(path)
+
+
+def header(tensors: dict[str, Any], data: bytes = b"", *, text: str | None = None) -> bytes:
+    """A safetensors file with any header."""
+    encoded = (text if text is not None else json.dumps(tensors)).encode()
+    return len(encoded).to_bytes(8, "little") + encoded + data
+
+
+def entry(shape: list[Any], start: int, end: int, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+BOMBS = {
+    "a header of 2^40 bytes": (2**40).to_bytes(8, "little") + b"{}",
+    "a header of 200 MB": (200_000_000).to_bytes(8, "little") + b" " * 200_000_000,
+    "a shape whose size overflows": header({"a": entry([2**62, 2**62], 0, 4)}, b"\0" * 4),
+    "a shape larger than its bytes": header({"a": entry([1 << 40], 0, 4)}, b"\0" * 4),
+    "a negative shape": header({"a": entry([-1], 0, 4)}, b"\0" * 4),
+    "offsets past the end": header({"a": entry([2], 0, 8)}, b"\0" * 4),
+    "offsets that run backwards": header({"a": entry([1], 4, 0)}, b"\0" * 4),
+    "tensors that overlap": header({"a": entry([2], 0, 8), "b": entry([1], 4, 8)}, b"\0" * 8),
+    "bytes that belong to no tensor": header({"a": entry([1], 0, 4)}, b"\0" * 64),
+    "an unknown type": header({"a": entry([1], 0, 4, "PICKLE")}, b"\0" * 4),
+    "deep nesting": header({}, text='{"a":' * 100_000),
+    "a list": header({}, text="[]"),
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_a_hostile_header_is_refused(tmp_path: Path, what: str) -> None:
+    path = save_checkpoint(tmp_path, snapshot(1))
+    forge(path, "optimizer.safetensors", BOMBS[what])
+    with pytest.raises(UserError, match=r"optimizer\.safetensors is not a readable safetensors file"):
+        load_checkpoint(path)
+
+
+def test_a_tensor_that_stands_twice_in_a_header(tmp_path: Path) -> None:
+    """Whichever of the two a reader takes, names and bytes no longer agree: it is refused."""
+    one, two = json.dumps(entry([1], 0, 4)), json.dumps(entry([1], 4, 8))
+    path = save_checkpoint(tmp_path, snapshot(1))
+    forge(path, "model.safetensors", header({}, b"\0" * 8, text=f'{{"a": {one}, "a": {two}}}'))
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model", "optimizer"])
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, name: str, value: float) -> None:
+    hostile = snapshot(1)
+    tensors: Any = getattr(hostile, name)
+    tensors["poisoned"] = torch.tensor([1.0, value]).bfloat16()
+    path = save_checkpoint(tmp_path, hostile)
+    with pytest.raises(UserError, match=rf"{name}\.safetensors: poisoned holds numbers that are not finite"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"step": 1, "step": 2}', "'step' stands there twice"),
+        ('{"step": 1, "guard": {"a": 1, "a": 1}}', "'a' stands there twice"),
+        ('{"step": 1, "tokens": NaN}', "NaN is not a number of JSON"),
+        ('{"step": 1, "tokens": -Infinity}', "-Infinity is not a number of JSON"),
+        ('{"step": 2}', "not of the step in its folder's name"),
+        ('{"step": true}', "has no step"),
+        ('{"a":' * 100_000, "cannot be read as JSON"),
+    ],
+)
+def test_a_state_is_plain_json_of_its_step(tmp_path: Path, text: str, why: str) -> None:
+    path = save_checkpoint(tmp_path, snapshot(1))
+    forge(path, "state.json", text.encode())
+    with pytest.raises(UserError, match=rf"state\.json.*{why}"):
+        load_checkpoint(path)
+
+
+def test_a_manifest_with_a_key_twice_or_without_end_is_refused(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, snapshot(1))
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"format": 1,', '"format": 99, "format": 1,'))
+    with pytest.raises(UserError, match=r"manifest\.json.*'format' stands there twice"):
+        load_checkpoint(path)
+    (path / "manifest.json").write_text(text + " " * checkpoint.MANIFEST_BYTES)
+    with pytest.raises(UserError, match=r"manifest\.json has \d+ bytes, more than any manifest"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", [*checkpoint.FILES, "manifest.json"])
+def test_a_pipe_or_folder_in_place_of_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    """A pipe would be read for ever."""
+    path = save_checkpoint(tmp_path, snapshot(1))
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(UserError, match=rf"{name} is not a regular file"):
+        load_checkpoint(path)
+    (path / name).unlink()
+    (path / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name} is not a regular file"):
+        load_checkpoint(path)
+
+
+def forge_run(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> Any:
+    """A run whose newest checkpoint has another state, with a manifest that agrees; the job that would resume it."""
+    job = small_job(tmp_path)
+    train(job)
+    path = list_checkpoints(tmp_path / "checkpoints")[-1].path
+    state = json.loads((path / "state.json").read_text())
+    change(state)
+    forge(path, "state.json", json.dumps(state).encode())
+    return small_job(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.pop("stage"),
+        lambda s: s.pop("source"),
+        lambda s: s.update(source=[]),
+        lambda s: s.update(source={"handed_out": {}}) or s.update(random=5),
+        lambda s: s.update(random=[{"cpu": "AAAA"}]),
+        lambda s: s.update(random=[{"cpu": "\x00 not base64"}]),
+        lambda s: s.update(guard=None),
+        lambda s: s["guard"]["history"].update(loss="x"),
+        lambda s: s.update(idle_experts=[["a"], []]),
+        lambda s: s.update(fingerprints=[]),
+        lambda s: s.pop("finished"),
+    ],
+)
+def test_a_forged_state_is_one_sentence(tmp_path: Path, change: Any) -> None:
+    job = forge_run(tmp_path, change)
+    with pytest.raises(UserError, match=r"state\.json is not the state of such a run"):
+        train(job)
+
+
+def test_tensors_of_another_shape_type_or_name_are_refused(tmp_path: Path) -> None:
+    train(small_job(tmp_path))
+    path = list_checkpoints(tmp_path / "checkpoints")[-1].path
+    for file, name, forged in (
+        ("model.safetensors", "norm.weight", torch.ones(17)),
+        ("model.safetensors", "norm.weight", torch.ones(16, dtype=torch.float64)),
+        ("model.safetensors", "layers.1.moe.router.bias", torch.zeros(5)),
+        ("optimizer.safetensors", "adamw.step.norm.weight", torch.zeros(1)),
+        ("model.safetensors", "extra", torch.ones(1)),
+    ):
+        tensors = load_file(path / file)
+        data = (path / file).read_bytes()
+        (path / file).unlink()
+        tensorfile.write_tensors(path / file, {**tensors, name: forged})
+        edit_manifest(path, lambda m, file=file: m["files"].update({file: tensorfile.digest(path / file)._asdict()}))
+        with pytest.raises(UserError, match=rf"{file}.*({re.escape(name)})"):
+            train(small_job(tmp_path))
+        forge(path, file, data)
 
 
 @pytest.mark.parametrize("state", [b"[]", b'{"step": "1"}', b"\xff\xfe", b"{"])

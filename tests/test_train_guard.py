@@ -1,19 +1,32 @@
 """The guard: what counts as a spike, and that a bad step leaves no trace but its event."""
 
 import math
+import operator
+import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stage_fixtures import tiny_config, write_inputs
 from train_helpers import STEPS, MadeUpSource, PoisonedLoss, numbers, small_config, small_job, weights
 from trinity.base.errors import UserError
+from trinity.base.rundir import RunDir
 from trinity.config import GuardConfig
+from trinity.data.rows import Chunk, Rows
+from trinity.data.shards import Shards
+from trinity.model.transformer import Transformer
 from trinity.optim.schedule import StepPlan
-from trinity.train import train
+from trinity.stages import pretrain
+from trinity.stages.sources import TextSource
+from trinity.train import LossOutput, TrainJob, language_model_loss, train
 from trinity.train.guard import MIN_HISTORY, GuardPolicy, SpikeGuard
+from trinity.train.losses import to_device
+from trinity.train.step import step_share
 
 CPU = torch.device("cpu")
 
@@ -156,6 +169,95 @@ def test_a_poisoned_batch_is_skipped_and_named(tmp_path: Path, kind: str, batch:
     assert [r["step"] for r in records if r["skipped"]] == [batch + 1]
     assert records[-1]["spikes"] == 1
     assert all(p.isfinite().all() for p in job.model.parameters())
+
+
+LONG = 60
+LONGER = (
+    f'pretrain.phases=[{{name="a", tokens={64 * LONG}, weights={{x=1.0}}}}]',
+    "checkpoint.every_steps=20",
+    "optim.adamw_lr=0.02",
+    "optim.muon_lr=0.04",
+)
+"""Settings of a run that has learnt all there is at its end: three steps more or less hardly matter."""
+
+
+def heldout_loss(job: TrainJob) -> float:
+    """Loss on batches that no run was trained on."""
+    source = MadeUpSource(job.config, job.plan)
+    source.handed_out = 1000
+    batches = [rows for step in range(8) for rows in source.next_batch(step)]
+    with torch.no_grad():
+        share = step_share(batches, CPU)
+        losses = [language_model_loss(job.model, to_device(b, CPU), share, job.config.loss).loss for b in batches]
+    return float(torch.stack(losses).sum())
+
+
+@pytest.fixture(scope="module")
+def clean_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Of undisturbed runs that differ in their first weights alone; the first is what poisoned runs compare with."""
+    losses = []
+    for seed in range(4):
+        job = small_job(tmp_path_factory.mktemp("clean"), small_config(*LONGER))
+        assert isinstance(job.model, Transformer)
+        job.model.init_weights(seed)
+        train(job)
+        losses.append(heldout_loss(job))
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["nan", "huge"])
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_poisoned_run_ends_within_the_noise_of_clean_ones(
+    tmp_path: Path, clean_losses: list[float], kind: str, length: int, seed: int
+) -> None:
+    """One bad batch at a random step is skipped; three in a row are gone back from, and jumped when they come again."""
+    first = random.Random(f"{kind} {length} {seed}").randrange(MIN_HISTORY if kind == "huge" else 1, LONG - length)
+    job = poisoned_job(tmp_path, list(range(first, first + length)), kind, *LONGER)
+    assert train(job).finished
+    named = {d["id"] for e in job.run_dir.read_events("skip") for d in e["documents"]}
+    assert named == {str(batch * 100 + row) for batch in range(first, first + length) for row in range(4)}
+    assert len(job.run_dir.read_events("rollback")) == (length == 3)
+    assert [e["step"] for e in job.run_dir.read_events("jump")] == [first + 1 + i for i in range(length) if length == 3]
+    noise = max(clean_losses) - min(clean_losses)
+    assert noise > 0
+    assert abs(heldout_loss(job) - clean_losses[0]) < noise
+
+
+@pytest.mark.parametrize("kind", ["nan", "huge"])
+def test_without_the_guard_the_poison_shows(tmp_path: Path, clean_losses: list[float], kind: str) -> None:
+    """What the guard is for: the same poison is not within the noise without it."""
+    unguarded = ("guard.enabled=false", "optim.clip_norm=1e9", "checkpoint.enabled=false")
+    job = poisoned_job(tmp_path, list(range(20, 23)), kind, *LONGER, *unguarded)
+    train(job)
+    assert not abs(heldout_loss(job) - clean_losses[0]) < max(clean_losses) - min(clean_losses)
+
+
+def test_events_name_real_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Source, id and place in the shards of every document of the bad batch, from shards on disk, with prefetching."""
+    write_inputs(tmp_path)
+    config = tiny_config(tmp_path)
+    batches: list[list[Chunk]] = []
+    next_batch = TextSource.next_batch
+
+    def keep(source: TextSource, step: int) -> list[Rows]:
+        rows = next_batch(source, step)
+        batches.append([chunk for part in rows for chunks in part.documents for chunk in chunks])
+        return rows
+
+    def poisoned(model: Any, batch: Any, share: Any, settings: Any) -> LossOutput:
+        output = language_model_loss(model, batch, share, settings)
+        return replace(output, loss=output.loss * float("nan")) if len(batches) == 3 else output
+
+    monkeypatch.setattr(TextSource, "next_batch", keep)
+    monkeypatch.setattr(pretrain, "language_model_loss", poisoned)
+    assert pretrain.run(config, tmp_path / "run").train.finished
+    [skip] = RunDir(tmp_path / "run").read_events("skip")
+    shards = Shards.open(tmp_path / "shards/train")
+    assert skip["step"] == 3
+    assert skip["num_documents"] == len(batches[2])
+    key = operator.itemgetter("source", "id", "offset")
+    assert sorted(map(key, skip["documents"])) == sorted(key(shards.describe(chunk.doc)) for chunk in batches[2])
 
 
 def test_a_skipped_step_changes_nothing(tmp_path: Path) -> None:

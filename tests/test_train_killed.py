@@ -1,5 +1,6 @@
 """Runs that are killed, signalled and started twice, in real processes."""
 
+import json
 import os
 import random
 import signal
@@ -80,6 +81,37 @@ def test_killed_at_random_moments(tmp_path: Path, seed: int, most_kills: int) ->
     for name, tensor in {**end.model, **{f"optimizer {k}": v for k, v in end.optimizer.items()}}.items():
         assert torch.equal(tensor, expected[name]), name
     assert not list((path / "checkpoints").glob(".*")), "nothing half-written is left"
+
+
+@pytest.mark.parametrize(
+    ("kills", "mode"),
+    [
+        (24, ()),
+        pytest.param(1000, (), marks=pytest.mark.slow),
+        pytest.param(1000, ("--asynchronous",), marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_every_change_to_the_disk_and_at_random_ones(
+    tmp_path: Path, kills: int, mode: tuple[str, ...]
+) -> None:
+    """No run directory that cannot be read, at most one interval between checkpoints lost, and the same end."""
+    command = [sys.executable, str(HELPERS.with_name("kill_often.py")), str(tmp_path), "--kills", str(kills), *mode]
+    environment = {**os.environ, "PYTHONPATH": str(HELPERS.parents[1] / "src")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["kills"] == kills
+    assert found["unreadable"] == found["runs_with_another_end"] == 0
+    assert found["runs_finished"] > 0
+
+
+def test_a_commit_before_the_files_are_written_is_found_out(tmp_path: Path) -> None:
+    """The kills can tell: with the rename before the writing, as a careless writer would have it, they find damage."""
+    command = [sys.executable, str(HELPERS.with_name("kill_often.py")), str(tmp_path), "--kills", "40", "--careless"]
+    environment = {**os.environ, "PYTHONPATH": str(HELPERS.parents[1] / "src")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["unreadable"] > 0, done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -21,12 +21,14 @@ from typing import Any
 from torch import Tensor
 
 from trinity.base.errors import UserError
-from trinity.base.files import read_json, sync_folder
+from trinity.base.files import sync_folder
 from trinity.train.tensorfile import Digest, digest, read_tensors, write_bytes, write_tensors
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)
 FORMAT = 1
+MANIFEST_BYTES = 1 << 20
+"""A manifest is smaller than this by far."""
 NAME = re.compile(r"step-(\d{8,})")
 ASIDE = re.compile(r"\.step-\d{8,}\.(partial|removed)")
 
@@ -89,12 +91,27 @@ def verify_checkpoint(path: Path) -> dict[str, Digest]:
 
 
 def load_checkpoint(path: Path) -> Snapshot:
-    """A verified checkpoint, its tensors on the CPU. Raises UserError when it is damaged or not one."""
+    """A verified checkpoint, its tensors on the CPU.
+
+    Raises UserError when it is damaged or not one, is of another step than its folder's name says, or holds numbers
+    that are not finite: no run could go on from them.
+    """
     verify_checkpoint(path)
-    state = read_json(path / STATE)
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+    state = _read_json(path / STATE)
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise UserError(f"{path / STATE} is not the state of a checkpoint: it has no step")
-    return Snapshot(state["step"], read_tensors(path / MODEL), read_tensors(path / OPTIMIZER), state)
+    named = NAME.fullmatch(path.name)
+    if named and int(named[1]) != state["step"]:
+        raise UserError(f"{path / STATE} is of step {state['step']}, not of the step in its folder's name")
+    return Snapshot(state["step"], _read_finite(path / MODEL), _read_finite(path / OPTIMIZER), state)
+
+
+def _read_finite(path: Path) -> dict[str, Tensor]:
+    tensors = read_tensors(path)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(f"{path}: {name} holds numbers that are not finite; take an earlier checkpoint")
+    return tensors
 
 
 def latest_good(folder: Path, on_damage: Callable[[CheckpointInfo, str], None]) -> Path | None:
@@ -117,7 +134,9 @@ def read_manifest(path: Path) -> dict[str, Digest]:
     manifest = path / MANIFEST
     if manifest.is_symlink():
         raise UserError(f"{manifest} is a link; a checkpoint holds plain files only")
-    data = read_json(manifest)
+    if _size(manifest) > MANIFEST_BYTES:
+        raise UserError(f"{manifest} has {_size(manifest)} bytes, more than any manifest")
+    data = _read_json(manifest)
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("files"), dict):
         raise UserError(f"{manifest} is not a manifest of format {FORMAT}")
     files = data["files"]
@@ -125,9 +144,32 @@ def read_manifest(path: Path) -> dict[str, Digest]:
         raise UserError(f"{manifest} names the files {sorted(map(str, files))}; a checkpoint has {', '.join(FILES)}")
     for name, entry in files.items():
         fields = entry if isinstance(entry, dict) else {}
-        if not isinstance(fields.get("bytes"), int) or not isinstance(fields.get("sha256"), str):
+        if type(fields.get("bytes")) is not int or not isinstance(fields.get("sha256"), str):
             raise UserError(f"{manifest} gives no size and checksum for {name}")
     return {name: Digest(entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+
+
+def _read_json(path: Path) -> Any:
+    """Plain JSON of a regular file: no key twice, no NaN. Raises UserError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {twice[:80]!r} stands there twice")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not a number of JSON")
+
+    if not path.is_file():
+        raise UserError(f"there is no file {path}" if not path.exists() else f"{path} is not a regular file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:

@@ -21,6 +21,7 @@ from trinity.train import resume
 from trinity.train.checkpoint import (
     MODEL,
     OPTIMIZER,
+    STATE,
     CheckpointInfo,
     CheckpointWriter,
     Snapshot,
@@ -341,9 +342,15 @@ class _Loop:
 
     def _restore(self, path: Path) -> None:
         snapshot = load_checkpoint(path)
+        with resume.refuse_malformed(path / STATE):
+            self._take_over(path, snapshot)
+
+    def _take_over(self, path: Path, snapshot: Snapshot) -> None:
         state, job = snapshot.state, self.job
         if state["stage"] != job.stage:
             raise UserError(f"{path} is a checkpoint of stage {state['stage']!r}, not {job.stage!r}")
+        if not 0 <= state["step"] <= len(job.plan):
+            raise UserError(f"{path} is of step {state['step']}, but this run has {len(job.plan)} steps")
         for name, value in job.fingerprints.items():
             if state["fingerprints"].get(name) != value:
                 raise UserError(f"{path} was trained with another {name} than this run has (their fingerprints differ)")

@@ -2,7 +2,9 @@
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,6 +127,19 @@ def copy_state(target: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> Non
             tensor.copy_(distribute_tensor(saved[name].to(tensor.device), tensor.device_mesh, tensor.placements))
         else:
             tensor.copy_(saved[name])
+
+
+@contextmanager
+def refuse_malformed(where: Path) -> Iterator[None]:
+    """Turns the errors of taking over a state that has not the fields and types it should into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{where} is not the state of such a run: {type(error).__name__}: {error}; take an earlier checkpoint"
+        ) from error
 
 
 def random_state(device: torch.device) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -89,10 +90,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Digest:
 
 def digest(path: Path) -> Digest:
     """Size and checksum of a regular file; a link is refused. Raises UserError."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:  # without O_NONBLOCK a pipe in place of the file would wait for a writer
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{path} is not a regular file")
     with os.fdopen(handle, "rb") as file:
         found = hashlib.file_digest(file, "sha256")
         return Digest(file.tell(), found.hexdigest())
