@@ -1,6 +1,5 @@
 """Preparing shards: the same result whatever the workers and kills, and every mistake named."""
 
-import gzip
 import json
 import os
 import resource
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prepare_fakes import ByteTokenizer
+from prepare_fakes import ByteTokenizer, corpus, everything
 from trinity.base.errors import UserError
 from trinity.data.duplicates import choose_kept
 from trinity.data.prepare import Prepared, Progress, prepare
@@ -24,26 +23,6 @@ from trinity.data.shards import Shards
 from trinity.data.team import run_jobs
 
 TOKENIZER = ByteTokenizer()
-
-
-def corpus(folder: Path, documents: int = 120, seed: int = 0) -> Path:
-    """jsonl, jsonl.gz, text and code, with duplicates across files and some documents to drop."""
-    rng = np.random.default_rng(seed)
-    texts = [" ".join(map(str, rng.integers(0, 10**6, rng.integers(1, 200)))) for _ in range(documents)]
-    folder.mkdir()
-    lines = [json.dumps({"text": text, "domain": ("prose", "math")[i % 2], "id": i}) for i, text in enumerate(texts)]
-    (folder / "a.jsonl").write_text("\n".join([*lines, '{"text": ""}', "no json", lines[3]]))
-    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
-        file.write("\n".join(lines[:20] + [json.dumps({"text": f"only here {i}"}) for i in range(20)]) + "\n")
-    (folder / "c.txt").write_text(texts[0] + "\n")
-    (folder / "sub").mkdir()
-    (folder / "sub" / "d.py").write_text("print('hello')\n" * 3)
-    (folder / "sub" / "picture.png").write_bytes(b"\x89PNG")
-    return folder
-
-
-def everything(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 def run(inputs: Path, out: Path, **changes: object) -> Prepared:
@@ -240,7 +219,7 @@ def test_a_file_that_changes_between_the_passes_is_noticed(tmp_path):
 CHILD = textwrap.dedent(
     """
     import os, signal, sys, time
-    from prepare_fakes import ByteTokenizer
+    from prepare_fakes import ByteTokenizer, corpus, everything
     from trinity.data.prepare import prepare
 
     inputs, out, unit_bytes, workers, syncs = sys.argv[1:]

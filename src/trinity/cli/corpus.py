@@ -1,6 +1,5 @@
 """Verbs of text and tokens: tokenizer train|show, data prepare|inspect|verify."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,9 +87,13 @@ def prepare(
     inputs: InputsArgument,
     tokenizer: TokenizerOption,
     out: OutOption,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that read and tokenize.")] = max(
-        1, os.cpu_count() or 1
-    ),
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read and tokenize; by default one for each CPU.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Run them on a Ray cluster: its address, auto, or local for one on this machine alone."),
+    ] = None,
     val_fraction: Annotated[
         float, typer.Option(min=0.0, max=0.5, help="Share of the documents that are held out.")
     ] = 0.005,
@@ -121,6 +124,7 @@ def prepare(
             Tokenizer.load(tokenizer),
             out,
             workers=workers,
+            ray=ray,
             val_fraction=val_fraction,
             text_column=text_column,
             domain_column=domain_column,

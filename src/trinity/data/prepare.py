@@ -15,8 +15,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from trinity.data.duplicates import choose_kept
 from trinity.data.readers import Columns
 from trinity.data.shard_writer import assemble
 from trinity.data.shards import Shards
-from trinity.data.team import run_jobs
+from trinity.data.team import RunJobs, run_jobs
 from trinity.data.units import (
     SPLITS,
     Drops,
@@ -87,7 +88,8 @@ def prepare(
     tokenizer: TokenizerLike,
     out_dir: Path | str,
     *,
-    workers: int = 1,
+    workers: int | None = 1,
+    ray: str | None = None,
     val_fraction: float = 0.005,
     text_column: str = "text",
     domain_column: str = "domain",
@@ -104,7 +106,8 @@ def prepare(
     The same call goes on after a kill and returns at once when everything is there. The content depends on the inputs
     and their order, the tokenizer and the settings, not on `workers`, kills or where the files lie; a document goes to
     `val` by the hash of its text. `unit_bytes` of text make one unit of work (default: a 64th of all, within 1 MiB and
-    1 GiB).
+    1 GiB). With `ray` the workers are tasks on the Ray cluster at that address (`ray_team`); `workers` None means as
+    many as there are CPUs.
 
     Raises UserError for inputs that cannot be read, for an `out_dir` of other inputs, settings or tokenizer (unless
     `force`, which starts over), when no document is left, and when the disk is full (what is committed stays).
@@ -121,36 +124,44 @@ def prepare(
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with _locked(out), ExitStack() as stack:
             if _claim(out, plan, force):
                 return _read_result(out)
             _remove_partial_files(out)
-            work = out / WORK
+            work, run_all = out / WORK, _team(stack, workers, ray)
             scans = [unit for unit in units if not scan_path(work, unit.number).exists()]
             scan_jobs = [(unit,) for unit in scans]
-            _run("scan", scan_unit, scan_jobs, (rules, work), len(units), workers, progress)
+            _run("scan", scan_unit, scan_jobs, (rules, work), len(units), run_all, progress)
             ends, drops = _decide(work, units, deduplicate)
             encode_jobs = [
                 (unit, start, stop)
                 for unit, start, stop in zip(units, [0, *ends], ends, strict=False)
                 if not all(index_path(work, split, unit.number).exists() for split in SPLITS)
             ]
-            _run("encode", encode_unit, encode_jobs, (rules, work, out, tokenizer), len(units), workers, progress)
+            _run("encode", encode_unit, encode_jobs, (rules, work, out, tokenizer), len(units), run_all, progress)
             return _finish(out, units, tokenizer, plan, drops, listing.passed_over)
     except OSError as error:
         what = error.strerror or str(error)
         raise UserError(f"{out} cannot be written: {what}; what is done so far is kept") from error
 
 
-def _check_arguments(inputs: Sequence[Any], workers: int, val_fraction: float, unit_bytes: int | None) -> None:
+def _check_arguments(inputs: Sequence[Any], workers: int | None, val_fraction: float, unit_bytes: int | None) -> None:
     if not inputs:
         raise UsageError("there are no inputs to prepare")
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise UsageError(f"workers is {workers}; it must be at least 1")
     if not 0.0 <= val_fraction < 1.0:
         raise UsageError(f"val_fraction is {val_fraction}; it must be at least 0 and below 1")
     if unit_bytes is not None and unit_bytes < 1:
         raise UsageError(f"unit_bytes is {unit_bytes}; it must be at least 1")
+
+
+def _team(stack: ExitStack, workers: int | None, ray: str | None) -> RunJobs:
+    if ray is None:
+        return partial(run_jobs, workers=workers or os.cpu_count() or 1)
+    from trinity.data.ray_team import ray_team
+
+    return stack.enter_context(ray_team(ray, workers))
 
 
 def _units(listing: Listing, unit_bytes: int | None) -> list[Unit]:
@@ -248,12 +259,12 @@ def _run(
     jobs: Sequence[tuple[Any, ...]],
     shared: tuple[Any, ...],
     num_units: int,
-    workers: int,
+    run_all: RunJobs,
     progress: Callable[[Progress], None] | None,
 ) -> None:
     done = num_units - len(jobs)
     totals = (0, 0, 0)
-    for tally in run_jobs(function, jobs, shared, workers):
+    for tally in run_all(function, jobs, shared):
         done += 1
         totals = tuple(a + b for a, b in zip(totals, tally, strict=True))
         if progress is not None:

@@ -11,6 +11,9 @@ from typing import Any
 
 from trinity.base.errors import UserError
 
+RunJobs = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]], tuple[Any, ...]], Iterator[Any]]
+"""Yields the results of `function(*job, *shared)` in the order in which the jobs end."""
+
 _shared: tuple[Any, ...] = ()
 """In a worker process: the arguments that all jobs share, sent once rather than with each job."""
 

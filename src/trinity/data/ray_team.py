@@ -1,0 +1,89 @@
+"""Runs units of work over a Ray cluster with Ray Data: the extra `ray`."""
+
+import logging
+import os
+import socket
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from trinity.base.errors import UserError
+from trinity.data.team import RunJobs
+
+LOCAL = "local"
+
+
+@contextmanager
+def ray_team(address: str, workers: int | None) -> Iterator[RunJobs]:
+    """Gives what runs jobs on the cluster at `address`, as `team.run_jobs` does in processes of this machine.
+
+    `address` is "auto", HOST:PORT or ray://HOST:PORT, or "local" for a cluster of this machine alone that ends with the
+    call. A task takes one CPU; at most `workers` run at a time (None: as many as there are CPUs). A task whose worker
+    or node dies is run again elsewhere. Every node must see the same files under the same paths and have this package.
+
+    Raises UserError without the package `ray` and when no cluster answers.
+    """
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("running on Ray needs the package ray: pip install 'trinity-moe[ray]'") from None
+    _check_reachable(address)
+    environment = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}  # one thread for each worker
+    options: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False} if address == LOCAL else {}
+    try:
+        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}") from None
+    try:
+        yield lambda function, jobs, shared: _run_jobs(ray, function, jobs, shared, workers)
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself asks for minutes before it gives up."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"no Ray cluster answers at {address!r}: {error}") from None
+
+
+def _run_jobs(
+    ray: Any,
+    function: Callable[..., Any],
+    jobs: Sequence[tuple[Any, ...]],
+    shared: tuple[Any, ...],
+    workers: int | None,
+) -> Iterator[Any]:
+    if not jobs:
+        return
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    everything, here = ray.put((function, list(jobs), shared)), os.getcwd()  # noqa: PTH109
+
+    def work(row: dict[str, Any]) -> dict[str, Any]:
+        outcome = {"result": [0, 0, 0], "refused": "", "errno": 0, "bug": ""}
+        try:
+            os.chdir(here)  # paths may be relative
+            function, jobs, shared = ray.get(everything)
+            return {**outcome, "result": list(function(*jobs[row["job"]], *shared))}
+        except UserError as error:
+            return {**outcome, "refused": str(error)}
+        except OSError as error:
+            return {**outcome, "refused": error.strerror or str(error), "errno": error.errno or -1}
+        except Exception:  # raised here it would be tried again without end
+            return {**outcome, "bug": traceback.format_exc()}
+
+    numbers = ray.data.from_items([{"job": number} for number in range(len(jobs))], override_num_blocks=len(jobs))
+    for row in numbers.map(work, compute=ray.data.TaskPoolStrategy(size=workers), num_cpus=1).iter_rows():
+        if row["bug"]:
+            raise RuntimeError(f"a task on the Ray cluster failed:\n{row['bug']}")
+        if row["errno"]:
+            raise OSError(row["errno"], row["refused"])
+        if row["refused"]:
+            raise UserError(row["refused"])
+        yield tuple(row["result"])
