@@ -17,7 +17,9 @@ import torch.multiprocessing as mp
 
 def run(work: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 240) -> list[Any]:
     """What `work(rank, *arguments)` returned on each rank."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    # Imported once, by the server, before it has threads; each process is then a fork of it.
+    context.set_forkserver_preload(["torch.distributed.fsdp", "trinity.stages.extend"])
     results: Any = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as store:
         processes = [

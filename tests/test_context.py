@@ -70,7 +70,7 @@ def compare(group: dist.ProcessGroup, order: Any, config: ModelConfig, rows: Row
     case = f"{order}, {layout.size} ranks, window {config.window}, {rows.documents}, {kernels}, {recompute}"
     assert relative(layout.sum(found.loss), expected.loss.detach()) < 1e-6, case
     for name, value in expected.terms.items():
-        assert relative(layout.sum(found.terms[name]), value) < 2e-6, f"{name}: {case}"
+        torch.testing.assert_close(layout.sum(found.terms[name]), value, rtol=2e-6, atol=1e-6, msg=f"{name}: {case}")
     assert relative(found.mean, expected.mean) < 1e-6, case
     assert torch.equal(layout.sum(found.counts_LE), expected.counts_LE), case
     for name, value in found.extremes.items():
@@ -83,8 +83,9 @@ def compare(group: dist.ProcessGroup, order: Any, config: ModelConfig, rows: Row
         assert gradient is not None
         assert expected_gradient is not None
         dist.all_reduce(gradient, group=group)
-        # Gains of norms: sums of many products that nearly cancel.
-        bound = 3e-6 if "norm" in name else 1e-6
+        # Gains of norms: sums of many products that nearly cancel. SDPA on a CPU: its exponentials have 20 bits, and
+        # with other blocks they are rounded at other places.
+        bound = 6e-6 if kernels == "fast" else 3e-6 if "norm" in name else 1e-6
         error = relative(gradient, expected_gradient)
         assert error < bound, f"{name}: {error:.2e}; {case}"
 
@@ -96,14 +97,12 @@ def work(rank: int) -> None:
     for number, (size, order) in enumerate(itertools.product((2, 4), ("zigzag", "contiguous"))):
         group, seed = (halves[rank // 2], 10 * (rank // 2)) if size == 2 else (everyone, 0)
         chunk = T // (size * (2 if order == "zigzag" else 1))
-        windows = (2, 5, chunk, chunk + 1, chunk + 2, 2 * chunk, 2 * chunk + 5, 3 * chunk + 2, T, 100)
+        windows = (5, chunk, chunk + 1, chunk + 2, 2 * chunk + 5, 100)
         for count, window in enumerate(windows):
-            documents = DOCUMENTS[(number + count) % len(DOCUMENTS)]
-            config = model_config(window=window)
-            compare(group, order, config, made_up_rows(seed + count, documents), "fast", "none")
-        for documents in DOCUMENTS:
-            compare(group, order, model_config(window=11), made_up_rows(seed, documents), "fast", "block")
-        compare(group, order, model_config(window=11), made_up_rows(seed, DOCUMENTS[2]), "reference", "none")
+            rows = made_up_rows(seed + count, DOCUMENTS[(number + count) % len(DOCUMENTS)])
+            compare(group, order, model_config(window=window), rows, "reference", "none")
+            if count % 2:
+                compare(group, order, model_config(window=window), rows, "fast", "block")
 
 
 def test_split_rows_train_as_whole_ones() -> None:
