@@ -1,4 +1,4 @@
-"""Tests with several processes: starts copies of a test module's work, joined by gloo, and gathers what they return.
+"""Tests with several processes, joined by gloo, or by NCCL with a GPU each.
 
 `run(work, ranks, *arguments)` imports `work` (a function `work(rank, *arguments)` of a module in tests/) in every
 process; a failed assertion of any rank fails the test with that rank's traceback.
@@ -15,7 +15,9 @@ import torch
 import torch.multiprocessing as mp
 
 
-def run(work: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 240) -> list[Any]:
+def run(
+    work: Callable[..., Any], ranks: int, *arguments: Any, backend: str = "gloo", timeout: float = 240
+) -> list[Any]:
     """What `work(rank, *arguments)` returned on each rank."""
     context = mp.get_context("forkserver")
     # Imported once, by the server, before it has threads; each process is then a fork of it.
@@ -23,7 +25,9 @@ def run(work: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 
     results: Any = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as store:
         processes = [
-            context.Process(target=_enter, args=(work, rank, ranks, f"{store}/store", results, arguments), daemon=True)
+            context.Process(
+                target=_enter, args=(work, rank, ranks, backend, f"{store}/store", results, arguments), daemon=True
+            )
             for rank in range(ranks)
         ]
         for process in processes:
@@ -44,11 +48,21 @@ def run(work: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 
     return [found[rank][0] for rank in range(ranks)]
 
 
-def _enter(work: Callable[..., Any], rank: int, ranks: int, store: str, results: Any, arguments: tuple[Any, ...]):
+def _enter(
+    work: Callable[..., Any],
+    rank: int,
+    ranks: int,
+    backend: str,
+    store: str,
+    results: Any,
+    arguments: tuple[Any, ...],
+) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     shared = torch.distributed.FileStore(store, ranks)
-    torch.distributed.init_process_group("gloo", store=shared, rank=rank, world_size=ranks)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    torch.distributed.init_process_group(backend, store=shared, rank=rank, world_size=ranks)
     try:
         results.put((rank, work(rank, *arguments), None))
     except BaseException:

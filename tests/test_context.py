@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -52,48 +53,67 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
-def compare(group: dist.ProcessGroup, order: Any, config: ModelConfig, rows: Rows, kernels: Any, recompute: Any) -> None:
-    """One loss with gradients of whole rows here, and of parts of them over the group."""
+def compare(
+    group: dist.ProcessGroup,
+    order: Any,
+    config: ModelConfig,
+    rows: Rows,
+    kernels: Any,
+    recompute: Any,
+    device: torch.device = CPU,
+    bounds: tuple[float, float] = (1e-6, 3e-6),
+) -> None:
+    """One loss with gradients of whole rows here, and of parts of them over the group.
+
+    `bounds` of relative errors: of scalars and gradients of matrices, and of gains of norms, which are sums of many
+    products that nearly cancel.
+    """
     loss = LossConfig(z_loss=1e-3, sequence_loss=1e-2)
-    share = Share(torch.tensor(97.0), torch.tensor(120.0))
-    whole, split = (Transformer(config, kernels, recompute) for _ in range(2))
+    share = Share(torch.tensor(97.0, device=device), torch.tensor(120.0, device=device))
+    with device:
+        whole, split = (Transformer(config, kernels, recompute) for _ in range(2))
     for model in (whole, split):
         model.init_weights(3)
-    expected = language_model_loss(whole, to_device(rows, CPU), share, loss)
+    expected = language_model_loss(whole, to_device(rows, device), share, loss)
     expected.loss.backward()
 
     layout = split_rows(split, group, order)
     part = RowSplit(layout.size, T, order).take(rows, layout.rank)
-    found = language_model_loss(split, to_device(part, CPU), share, loss)
+    found = language_model_loss(split, to_device(part, device), share, loss)
     found.loss.backward()
 
     case = f"{order}, {layout.size} ranks, window {config.window}, {rows.documents}, {kernels}, {recompute}"
-    assert relative(layout.sum(found.loss), expected.loss.detach()) < 1e-6, case
+    assert relative(layout.sum(found.loss), expected.loss.detach()) < bounds[0], case
     for name, value in expected.terms.items():
-        torch.testing.assert_close(layout.sum(found.terms[name]), value, rtol=2e-6, atol=1e-6, msg=f"{name}: {case}")
-    assert relative(found.mean, expected.mean) < 1e-6, case
-    assert torch.equal(layout.sum(found.counts_LE), expected.counts_LE), case
+        total = layout.sum(found.terms[name])
+        torch.testing.assert_close(total, value, rtol=2 * bounds[0], atol=bounds[0], msg=f"{name}: {case}")
+    assert relative(found.mean, expected.mean) < bounds[0], case
+    if device == CPU:  # elsewhere rounding may send a token to another expert
+        assert torch.equal(layout.sum(found.counts_LE), expected.counts_LE), case
     for name, value in found.extremes.items():
         most = value.clone()
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
-        assert relative(most, expected.extremes[name]) < 2e-6, f"{name}: {case}"
+        assert relative(most, expected.extremes[name]) < 2 * bounds[0], f"{name}: {case}"
     wanted = dict(whole.named_parameters())
     for name, parameter in split.named_parameters():
         gradient, expected_gradient = parameter.grad, wanted[name].grad
         assert gradient is not None
         assert expected_gradient is not None
         dist.all_reduce(gradient, group=group)
-        # Gains of norms: sums of many products that nearly cancel. SDPA on a CPU: its exponentials have 20 bits, and
-        # with other blocks they are rounded at other places.
-        bound = 6e-6 if kernels == "fast" else 3e-6 if "norm" in name else 1e-6
+        bound = bounds["norm" in name]
         error = relative(gradient, expected_gradient)
         assert error < bound, f"{name}: {error:.2e}; {case}"
 
 
+def new_group(ranks: list[int]) -> dist.ProcessGroup:
+    group = dist.new_group(ranks)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def work(rank: int) -> None:
     """On four processes: groups of 2 (two of them, with rows of their own) and of 4."""
-    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    everyone = dist.new_group(list(range(4)))
+    halves, everyone = [new_group([0, 1]), new_group([2, 3])], new_group([0, 1, 2, 3])
     for number, (size, order) in enumerate(itertools.product((2, 4), ("zigzag", "contiguous"))):
         group, seed = (halves[rank // 2], 10 * (rank // 2)) if size == 2 else (everyone, 0)
         chunk = T // (size * (2 if order == "zigzag" else 1))
@@ -102,8 +122,29 @@ def work(rank: int) -> None:
             rows = made_up_rows(seed + count, DOCUMENTS[(number + count) % len(DOCUMENTS)])
             compare(group, order, model_config(window=window), rows, "reference", "none")
             if count % 2:
-                compare(group, order, model_config(window=window), rows, "fast", "block")
+                # SDPA's exponentials have 20 bits on a CPU, and with other blocks they are rounded at other places.
+                compare(group, order, model_config(window=window), rows, "fast", "block", bounds=(6e-6, 6e-6))
 
 
 def test_split_rows_train_as_whole_ones() -> None:
     run(work, 4)
+
+
+def work_on_gpus(rank: int) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device, group = torch.device("cuda", rank), new_group(list(range(dist.get_world_size())))
+    config = model_config(window=11, head_dim=16)  # FlexAttention's smallest
+    for order, documents in itertools.product(("zigzag", "contiguous"), DOCUMENTS):
+        rows = made_up_rows(0, documents)
+        compare(group, order, config, rows, "reference", "none", device, bounds=(1e-5, 1e-5))
+        # Grouped products are bfloat16 there, so the two paths round at other places.
+        compare(group, order, config, rows, "fast", "block", device, bounds=(2e-2, 6e-2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_split_rows_train_as_whole_ones_over_nccl(ranks: int) -> None:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} CUDA devices")
+    run(work_on_gpus, ranks, backend="nccl")

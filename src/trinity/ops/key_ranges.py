@@ -1,13 +1,15 @@
 """Attention of some queries of a row over keys that are handed in: what context parallelism leaves to one rank.
 
-Documents are contiguous and masks causal, so the keys that a query sees lie side by side: query t of row b sees the keys
-`first_BT[b, t]` to `last_T[t]`, both inclusive, as indices into the handed keys. Windows, documents and the place of the
-queries in the row are all in these two numbers; no plan below needs to know more. Suffixes as in `ops/attention.py`.
+Documents are contiguous and masks causal, so the keys that a query sees lie side by side: query t of row b sees the
+keys `first_BT[b, t]` to `last_T[t]`, both inclusive, as indices into the handed keys. Windows, documents and the place
+of the queries in the row are all in these two numbers; no plan below needs to know more. Suffixes as in
+`ops/attention.py`.
 
 `RangePlan` (CPU) and `FlexPlan` on `range_block_mask` (CUDA) skip what the ranges hide; `DensePlan` on `seen` is the
 reference.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -109,7 +111,7 @@ def _range_plan(ranges: KeyRanges, window: int | None) -> RangePlan:
     # The keys of a block should lie side by side: a block ends where a chunk of the row does.
     jumps = ((last_T[1:] != last_T[:-1] + 1).nonzero().flatten() + 1).tolist()
     borders = sorted({0, T, *jumps})
-    starts = [at for low, high in zip(borders, borders[1:], strict=False) for at in range(low, high, size)]
+    starts = [at for low, high in itertools.pairwise(borders) for at in range(low, high, size)]
     lengths, blocks = [], []
     for start, stop in zip(starts, [*starts[1:], T], strict=True):
         first_BU, last_U = first_BT[:, start:stop], last_T[start:stop]

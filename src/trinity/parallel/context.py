@@ -7,8 +7,8 @@ Everything of a layer but attention works on single tokens, so only keys and val
 
 `ContextLayout` takes the place of `model.layout.make_layout`: once a batch it gathers the segment numbers of the rows
 (integers) and derives which keys each query here sees. Positions for RoPE come with the rows and count in the document,
-so they need no exchange. Two more quantities span ranks: the sequence-wise loss is a mean over whole documents, so counts
-of those that cross a border of chunks are summed over the group; and a micro-batch's own loss, for BatchHet.
+so they need no exchange. Two more quantities span ranks: the sequence-wise loss is a mean over whole documents, so
+counts of those that cross a border of chunks are summed over the group; and a micro-batch's own loss, for BatchHet.
 
 Reference: the unsplit model, whose outputs and gradients are the same up to the order of sums (the tests).
 """
@@ -233,9 +233,7 @@ class _Windows(torch.autograd.Function):
 
 
 @torch.compiler.disable
-def _gather_keys(
-    k_BTGK: Tensor, v_BTGK: Tensor, *, group: dist.ProcessGroup, split: RowSplit
-) -> tuple[Tensor, Tensor]:
+def _gather_keys(k_BTGK: Tensor, v_BTGK: Tensor, *, group: dist.ProcessGroup, split: RowSplit) -> tuple[Tensor, Tensor]:
     return _Rows.apply(k_BTGK, v_BTGK, group, split)
 
 

@@ -1,9 +1,9 @@
 """Which positions of a row each rank of a context group holds, and which keys it needs beside its own.
 
 A row of T tokens is cut into equal chunks. `contiguous` gives rank r chunk r of R. `zigzag` cuts 2R chunks and gives
-rank r the chunks r and 2R - 1 - r: under a causal mask an early chunk costs little and a late one much, so every rank has
-the same number of scores in global layers (contiguous: the last rank has 2 - 1/R times the mean), for twice the number
-of windows to exchange in local layers. Pure arithmetic, the same on every rank.
+rank r the chunks r and 2R - 1 - r: under a causal mask an early chunk costs little and a late one much, so every rank
+has the same number of scores in global layers (contiguous: the last rank has 2 - 1/R times the mean), for twice the
+number of windows to exchange in local layers. Pure arithmetic, the same on every rank.
 """
 
 import functools
