@@ -1,7 +1,7 @@
 """Context parallelism against the unsplit model: outputs, statistics and every raw gradient."""
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -106,9 +106,7 @@ def compare(
 
 
 def new_group(ranks: list[int]) -> dist.ProcessGroup:
-    group = dist.new_group(ranks)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+    return cast("dist.ProcessGroup", dist.new_group(ranks))  # a number on ranks that are not in it
 
 
 def work(rank: int) -> None:

@@ -29,7 +29,7 @@ from trinity.model.rope import rotation
 from trinity.model.router import Documents
 from trinity.model.transformer import Transformer
 from trinity.ops.attention import AttentionPlan
-from trinity.ops.autograd import once_differentiable
+from trinity.ops.autograd import once_differentiable, uncompiled
 from trinity.ops.key_ranges import KeyRanges, dense_range_plan, fast_range_plan
 from trinity.parallel.split import ContextOrder, Halo, RowSplit, halo
 
@@ -193,7 +193,7 @@ def _route(split: RowSplit, rank: int, window: int, device: torch.device) -> _Ro
 # Exchanges stay outside of compiled blocks: a collective inside would be traced, and ranks trace different code.
 
 
-@torch.compiler.disable
+@uncompiled
 def _exchange_windows(
     k_BTGK: Tensor, v_BTGK: Tensor, *, group: dist.ProcessGroup, route: _Route
 ) -> tuple[Tensor, Tensor]:
@@ -232,7 +232,7 @@ class _Windows(torch.autograd.Function):
         return d_k_TBGK.transpose(0, 1), d_v_TBGK.transpose(0, 1), None, None
 
 
-@torch.compiler.disable
+@uncompiled
 def _gather_keys(k_BTGK: Tensor, v_BTGK: Tensor, *, group: dist.ProcessGroup, split: RowSplit) -> tuple[Tensor, Tensor]:
     return _Rows.apply(k_BTGK, v_BTGK, group, split)
 
@@ -282,7 +282,7 @@ def _in_rank_order(row: Tensor, split: RowSplit, dim: int = 1) -> Tensor:
     return torch.stack(ranks)
 
 
-@torch.compiler.disable
+@uncompiled
 def _complete(times_ME: Tensor, *, group: dist.ProcessGroup, shared: int) -> Tensor:
     """Counts of experts by document with those of the first `shared` documents summed over the group."""
     complete_ME = times_ME.clone()
