@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch._subclasses import FakeTensorMode
 from trinity.base import dist
 from trinity.base.dist import local
 from trinity.base.errors import UsageError
-from trinity.config import BatchSize, ModelConfig, ParallelSizes, RunConfig, check_parallel
+from trinity.config import ModelConfig, ParallelSizes, RunConfig, check_parallel
 from trinity.data.rows import Chunk, Rows, empty_rows, finish_row
 from trinity.model import moe
 from trinity.model.layout import Layout
@@ -44,7 +44,7 @@ from trinity.parallel import context
 from trinity.parallel.expert import AllToAll, ExpertParallel
 from trinity.parallel.ledger import GRADIENTS, Ledger, Memory
 from trinity.parallel.mesh import Meshes, build_meshes
-from trinity.parallel.muon import MuonExchange
+from trinity.parallel.muon import MuonExchange, _Batch, _Travel
 from trinity.parallel.shard import Sharding, shard_model
 from trinity.parallel.split import RowSplit
 from trinity.train.guard import SpikeGuard
@@ -132,8 +132,7 @@ def rehearse(config: RunConfig, stage: str, ranks: int) -> Rehearsal:
 
 def _rows_of_step(config: RunConfig, stage: str) -> int:
     if stage == "pretrain":
-        last: BatchSize = config.pretrain.batch[-1]
-        return last.rows
+        return config.pretrain.batch[-1].rows
     return getattr(config, stage).batch_rows
 
 
@@ -162,13 +161,17 @@ class _Rehearsing:
             self._name_groups(meshes)
             if self.sizes.context > 1:  # what is cached must not be fake
                 context.prepare(self.split, meshes.context_rank, config.model.window, torch.device("cpu"))
-        with FakeTensorMode(allow_non_fake_inputs=True), ledger.watching():
-            model = Transformer(config.model, recompute=config.runtime.recompute)
-            sharding, exchange = None, None
-            if meshes is not None:
-                sharding = shard_model(model, meshes, config.runtime)
-                _route_evenly(model, meshes)
-                exchange = MuonExchange(sharding, config.model)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.device("meta"):
+            model = _Meta(config.model, recompute=config.runtime.recompute)
+        model.mode, sharding, exchange = mode, None, None
+        if meshes is None:
+            model.to_empty(device="cpu")
+        else:
+            sharding = shard_model(model, meshes, config.runtime)
+            _route_evenly(model, meshes)
+            exchange = MuonExchange(sharding, config.model)
+        with mode, ledger.watching():
             model.layout_maker = _layout
             if meshes is not None and self.sizes.context > 1:
                 model.layout_maker = _Context(meshes.context_group, config.parallel.context_order)
@@ -319,6 +322,25 @@ class _Watched:
 # Stand-ins
 
 
+class _Meta(Transformer):
+    """A model on the meta device, which shards fast, and whose weights then become fake ones on a device."""
+
+    mode: FakeTensorMode
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
+        with self.mode:
+            return super().to_empty(device=device, recurse=recurse)
+
+
+def _stack(batch: _Batch, flat: Tensor) -> Tensor:
+    """As `_Batch.stack`, without a copy for each of up to thousands of ranks."""
+    return flat.new_empty(len(batch.owned[batch.rank]), batch.rows, batch.columns)
+
+
+def _send_back(batch: _Batch, stack: Tensor) -> _Travel:
+    return _Travel(stack.new_empty(sum(batch.takes)), batch.takes, batch.sends, batch.group)
+
+
 class _Attention:
     """Keeps for the backward pass what FlexAttention keeps."""
 
@@ -384,6 +406,8 @@ def _gpu_paths() -> Iterator[None]:
         (moe, "grouped_experts", _grouped_experts),
         (matmul, "cpu_has_bfloat16", lambda: True),
         (cross_entropy, "_chunk_size", lambda chunk_tokens, _: chunk_tokens),
+        (_Batch, "stack", _stack),
+        (_Batch, "send_back", _send_back),
         (muon, "orthogonalize", partial(orthogonalize, dtype=torch.bfloat16)),
     )
     with ExitStack() as stack:
