@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from trinity.config.base import Frozen
 from trinity.config.model import ModelConfig
+from trinity.config.parallel import ParallelConfig
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -254,6 +255,7 @@ class RunConfig(Frozen):
     rl: RLConfig
     eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -24,6 +24,7 @@ CHANGEABLE = (
     "checkpoint.",
     "guard.",
     "eval.",
+    "parallel.",
     "runtime.device",
     "runtime.threads",
     "runtime.compile",
