@@ -189,7 +189,7 @@ def _store(launch: Launch, timeout: float, *, host: bool = False) -> torch_dist.
 
 
 def _leave_together(store: torch_dist.Store, world_size: int) -> None:
-    """Wait until every rank is through with its last collective: who closes its sockets earlier breaks it for others."""
+    """Wait until every rank is through with its last collective, which a rank that leaves earlier would break."""
     if store.add("leaving", 1) == world_size:
         store.set("left", "1")
     try:
