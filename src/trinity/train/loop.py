@@ -133,6 +133,7 @@ class _Loop:
             started = time.perf_counter()
             rows = self.job.source.next_batch(planned.step)
             self.guard.enter_phase(planned.phase)
+            dist.place.arrive(f"step {planned.step + 1}")
             packed = self.runner.run(planned, rows, stop=self.stop.received is not None)
             self.in_flight.append(InFlight(planned, rows, packed, started))
         self.step += 1
@@ -232,6 +233,7 @@ class _Loop:
     def _save(self, *, wait: bool) -> None:
         if not self.job.config.checkpoint.enabled:
             return
+        dist.place.arrive(f"the checkpoint after step {self.step}")
         snapshot = self.state.capture(Position(self.step, self.finished), self._tokens(), copy=not wait)
         self.checkpoints.save(snapshot, wait=wait)
         self.policy.checkpoint_written(self.step)
