@@ -72,7 +72,9 @@ def written(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("fp8") / "model"
     sample = Sample("twelve windows", torch.randint(WHOLE.vocab_size, (2, 64)))
     report = export_afmoe(model, WHOLE, None, out, dtype="fp8-block", sample=sample)
-    assert set(report.max_error) == {"our reader", "independent forward pass", "transformers"}
+    compared = {"our reader", "independent forward pass", "transformers"} - set(report.skipped)
+    assert set(report.max_error) == compared
+    assert "accelerate" in report.skipped.get("transformers", "accelerate")
     quality = report.quality
     assert quality is not None
     assert (quality.text, quality.num_tokens) == ("twelve windows", 126)
@@ -130,9 +132,13 @@ def test_fused_experts_with_scales_and_scales_of_powers_of_two_are_read(written:
                 stacks = []
                 for e in range(3):
                     names = [f"model.layers.{layer}.mlp.experts.{e}.{part}.weight{end}" for part in parts]
-                    stacks.append(torch.cat([tensors.pop(name).view(torch.uint8 if not end else torch.float32) for name in names]))
+                    stacks.append(
+                        torch.cat([tensors.pop(name).view(torch.uint8 if not end else torch.float32) for name in names])
+                    )
                 fused = torch.stack(stacks)
-                tensors[f"model.layers.{layer}.mlp.experts.{ours}{end}"] = fused if end else fused.view(torch.float8_e4m3fn)
+                tensors[f"model.layers.{layer}.mlp.experts.{ours}{end}"] = (
+                    fused if end else fused.view(torch.float8_e4m3fn)
+                )
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((written / "config.json").read_text())
     _, found = import_afmoe(tmp_path)

@@ -161,12 +161,12 @@ def test_transformers_alone_would_catch_a_wrong_mapping(
     for user in ("writing", "reading"):
         monkeypatch.setattr(importlib.import_module(f"trinity.export.{user}"), "pieces", wrong)
 
-    compare = gate._compare_logits
+    compare = gate.compare_logits
 
-    def only_transformers(name: str, run: Any, logits: torch.Tensor, directory: Path) -> float:
-        return compare(name, run, logits, directory) if name == "transformers" else 0.0
+    def only_transformers(name: str, expected: Any, logits: torch.Tensor, directory: Path) -> float:
+        return compare(name, expected, logits, directory) if name == "transformers" else 0.0
 
-    monkeypatch.setattr(gate, "_compare_logits", only_transformers)
+    monkeypatch.setattr(gate, "compare_logits", only_transformers)
     monkeypatch.setattr(gate, "TIE", float("inf"))
     with pytest.raises(ParityError, match="transformers"):
         export_afmoe(model, SMALL, None, tmp_path / "out", dtype=torch.float32)

@@ -4,8 +4,8 @@ Key and shape checks pass a model whose gate and up projections are swapped. So 
 three ways: our reader must return every tensor bit for bit; a model built from them must give the same logits; and an
 independent forward pass over the public names (`oracle`), and `transformers` where it is installed, must give the same
 logits, the same experts and the same greedy tokens. All in float32 on the CPU, on prompts longer than the window, with
-the weights rounded to the format of the files, so that rounding is no excuse for a difference. Rounding itself must stay
-within what the format can hold, and what FP8 costs is measured (`quality`).
+the weights rounded to the format of the files, so that rounding is no excuse for a difference. Rounding itself must
+stay within what the format can hold, and what FP8 costs is measured (`quality`).
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ def check_parity(
     errors: dict[str, float] = {}
     reread = _build(config, stored)
     errors["our reader"] = max(
-        _compare_logits("our reader", run, _run(reread, batch).logits_BTV, directory)
+        compare_logits("our reader", run.logits_BTV, _run(reread, batch).logits_BTV, directory)
         for run, batch in zip(runs, batches, strict=True)
     )
     del reread, stored
@@ -115,13 +115,15 @@ def check_parity(
             raise ParityError(
                 f"{directory}: {name}: MoE layer {layer} sends token {token} to other experts than the model in memory"
             )
-        errors[name] = max(errors.get(name, 0.0), _compare_logits(name, run, output.logits_BTV, directory))
+        errors[name] = max(errors.get(name, 0.0), compare_logits(name, run.logits_BTV, output.logits_BTV, directory))
     skipped: dict[str, str] = {}
     reason = _why_not_transformers(config, stored_as, with_transformers)
     if reason is None:
         with _transformers_model(directory, stored_as.scale is not None) as other:
             errors["transformers"] = max(
-                _compare_logits("transformers", run, _run_transformers(other, batch, run, directory), directory)
+                compare_logits(
+                    "transformers", run.logits_BTV, _run_transformers(other, batch, run, directory), directory
+                )
                 for run, batch in zip(runs, batches, strict=True)
             )
     else:
@@ -207,9 +209,8 @@ def _run(model: Transformer, tokens_BT: torch.Tensor) -> _Run:
     return _Run(logits_BTV, torch.stack(indices) if indices else torch.zeros(0, tokens_BT.numel(), 1))
 
 
-def _compare_logits(name: str, run: _Run, logits_BTV: torch.Tensor, directory: Path) -> float:
+def compare_logits(name: str, expected_BTV: torch.Tensor, logits_BTV: torch.Tensor, directory: Path) -> float:
     """Largest difference relative to the largest logit; greedy choices must agree where the best two are not tied."""
-    expected_BTV = run.logits_BTV
     scale = max(1.0, expected_BTV.abs().max().item())
     error_BT = (logits_BTV - expected_BTV).abs().amax(-1) / scale
     error = error_BT.max().item()
@@ -233,6 +234,8 @@ def _why_not_transformers(config: ModelConfig, stored_as: Format, wanted: bool) 
         return "it does not load compressed-tensors blocks of this architecture"
     if stored_as.scale is not None and (odd := partial_blocks(config)) is not None:
         return f"it wants whole blocks, but {odd}"
+    if stored_as.scale is not None and importlib.util.find_spec("accelerate") is None:
+        return "it reads FP8 with the accelerate package only, which is not installed"
     if importlib.util.find_spec("transformers") is None:
         return "not installed"
     if importlib.util.find_spec("transformers.models.afmoe") is None:

@@ -1,7 +1,7 @@
 """Block-quantised FP8: e4m3 values with one float32 scale for each block of a matrix, value = stored * scale.
 
 The layout that engines read: blocks of 128 x 128 of a weight [out, in], the last ones cut off where a side is no
-multiple (`scale [ceil(out / 128), ceil(in / 128)]`), and groups of 128 channels of an activation, scaled when they come.
+multiple (`scale [ceil(out / 128), ceil(in / 128)]`), and groups of 128 channels of an activation, scaled on the fly.
 Symmetric, the scale being the block's largest magnitude over 448, e4m3's largest number (Micikevicius et al. 2022,
 arXiv 2209.05433; blocks after DeepSeek-V3, arXiv 2412.19437, section 3.3).
 """
