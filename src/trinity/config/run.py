@@ -235,6 +235,8 @@ class RuntimeConfig(Frozen):
     """The plain reference of every operation, or the fastest path that the device has."""
     threads: NonNegativeInt = 0
     """CPU threads of torch; 0 leaves torch's choice."""
+    timeout: PositiveFloat = 600.0
+    """Seconds that a group of processes waits for a rank at a step, an evaluation or a checkpoint before it ends."""
 
 
 class RunConfig(Frozen):

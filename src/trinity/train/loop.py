@@ -143,6 +143,7 @@ class _Loop:
             started = time.perf_counter()
             rows = self.job.source.next_batch(planned.step)
             self.guard.enter_phase(planned.phase)
+            dist.place.arrive(f"step {planned.step + 1}")
             packed = self.runner.run(planned, rows, stop=self.stop.received is not None)
             self.in_flight.append(InFlight(planned, rows, packed, started))
         self.step += 1
@@ -258,6 +259,7 @@ class _Loop:
             self.checkpoint_due = False
 
     def _evaluate(self, run: Any) -> Any:
+        dist.place.arrive(f"the evaluation after step {self.step}")
         model, training = self.job.model, self.job.model.training
         devices = [self.device] if self.device.type == "cuda" else []
         model.eval()
@@ -276,6 +278,7 @@ class _Loop:
     def _save(self, *, wait: bool) -> None:
         if not self.job.config.checkpoint.enabled:
             return
+        dist.place.arrive(f"the checkpoint after step {self.step}")
         state = {
             "step": self.step,
             "tokens": self._tokens(),

@@ -27,6 +27,7 @@ CHANGEABLE = (
     "parallel.",
     "runtime.device",
     "runtime.threads",
+    "runtime.timeout",
     "runtime.compile",
     "runtime.recompute",
     "runtime.kernels",
