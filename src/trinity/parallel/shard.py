@@ -215,9 +215,7 @@ def _slice(name: str, parameter: nn.Parameter, meshes: Meshes) -> Slice:
         mesh = parameter.device_mesh
         rows = chunk(shape[placement.dim], mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1))
         start[placement.dim], size[placement.dim] = rows.start, len(rows)
-        assert tuple(size) == tuple(parameter.to_local().shape), (
-            f"{name}: {size}, {parameter.to_local().shape}"
-        )
+        assert tuple(size) == tuple(parameter.to_local().shape), f"{name}: {size}, {parameter.to_local().shape}"
     if ".moe.experts." in name:
         start[0] += meshes.expert_rank * shape[0]
         shape[0] *= meshes.sizes.expert
