@@ -65,7 +65,7 @@ class ExpertParallel:
 
 
 class _Sent(NamedTuple):
-    x_SD: Tensor
+    token: Tensor
     flight: "_Flight"
     order: Order
     counts_re: Tensor
@@ -96,7 +96,7 @@ class AllToAll:
         return _Sent(_Send.apply(permute(x_ND, order), flight), flight, order, counts_re)
 
     def arrive(self, sent: _Sent) -> Arrived:
-        x_SD = _Arrive.apply(sent.x_SD, sent.flight)
+        x_SD = _Arrive.apply(sent.token, sent.flight)
         counts_re = sent.counts_re
         experts = torch.arange(counts_re.shape[1], device=x_SD.device).repeat(self.ranks)
         expert_S = experts.repeat_interleave(counts_re.flatten(), output_size=x_SD.shape[0])
@@ -123,53 +123,55 @@ class _Flight:
     def __init__(self, leaving: list[int], coming: list[int], group: dist.ProcessGroup) -> None:
         self.leaving, self.coming, self.group = leaving, coming, group
         self._work: dist.Work | None = None
-        self._kept: Tensor | None = None
+        self._tensors: tuple[Tensor, Tensor] | None = None
 
     def reversed(self) -> "_Flight":
         return _Flight(self.coming, self.leaving, self.group)
 
-    def start(self, x: Tensor, leaving: list[int], coming: list[int]) -> Tensor:
+    def start(self, x: Tensor, leaving: list[int], coming: list[int]) -> None:
         assert self._work is None, "an exchange was started twice"
-        self._kept = x.contiguous()
-        arriving = x.new_empty(sum(coming), *x.shape[1:])
-        self._work = dist.all_to_all_single(arriving, self._kept, coming, leaving, group=self.group, async_op=True)
-        return arriving
+        outgoing, arriving = x.contiguous(), x.new_empty(sum(coming), *x.shape[1:])
+        self._work = dist.all_to_all_single(arriving, outgoing, coming, leaving, group=self.group, async_op=True)
+        self._tensors = outgoing, arriving
 
-    def wait(self) -> None:
+    def wait(self) -> Tensor:
         assert self._work is not None, "an exchange was not started"
+        assert self._tensors is not None
         self._work.wait()
-        self._work = self._kept = None
+        arrived = self._tensors[1]
+        self._work = self._tensors = None
+        return arrived
 
 
 class _Send(torch.autograd.Function):
-    """Starts an exchange; the result may be read after `_Arrive`. Backward ends the exchange of the gradients."""
+    """Starts an exchange and returns a token for `_Arrive`. Backward ends the exchange of the gradients."""
 
     @staticmethod
     def forward(ctx, x_RD: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
-        return flight.start(x_RD, flight.leaving, flight.coming)
+        flight.start(x_RD, flight.leaving, flight.coming)
+        return x_RD.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *d_outputs: Tensor):
-        ctx.flight.wait()
-        return d_outputs[0], None
+        return ctx.flight.wait(), None
 
 
 class _Arrive(torch.autograd.Function):
     """Ends an exchange. Backward starts the exchange of the gradients."""
 
     @staticmethod
-    def forward(ctx, x_SD: Tensor, flight: _Flight) -> Tensor:
+    def forward(ctx, token: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
-        flight.wait()
-        return x_SD.view_as(x_SD)
+        return flight.wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *d_outputs: Tensor):
         flight = ctx.flight
-        return flight.start(d_outputs[0], flight.coming, flight.leaving), None
+        flight.start(d_outputs[0], flight.coming, flight.leaving)
+        return d_outputs[0].new_empty(0), None
 
 
 class _Reorder(torch.autograd.Function):

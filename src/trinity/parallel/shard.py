@@ -22,11 +22,14 @@ from torch.utils import _pytree
 
 from trinity.base import dist
 from trinity.config import RuntimeConfig
+from trinity.data.rows import Rows
 from trinity.model.init import fill, initial_matrix
+from trinity.model.layout import make_layout
 from trinity.model.moe import Experts
 from trinity.model.norm import RMSNorm
 from trinity.model.router import Router
 from trinity.model.transformer import Features, RoutingStats, Transformer
+from trinity.parallel.context import ContextLayout, split_rows
 from trinity.parallel.expert import AllToAll, ExpertParallel
 from trinity.parallel.mesh import Meshes
 from trinity.parallel.slices import Slice, chunk
@@ -45,25 +48,45 @@ class Sharding:
     """By the model's names: sharded ones are DTensors, replicated ones plain."""
     slices: dict[str, Slice]
     """This rank's part of every parameter."""
-    _units: list[FSDPModule] = field(default_factory=list)
+    units: list[FSDPModule] = field(default_factory=list)
+    """Modules that are gathered as one, the root first."""
+    context: ContextLayout | None = None
+    """Where a row's tokens are spread over ranks."""
+
+    def take(self, rows: Rows) -> Rows:
+        """This rank's part of rows, which its context group shares."""
+        if self.context is None:
+            return rows
+        length = rows.tokens_BT.shape[1]
+        return self.context.split(length // self.context.size).take(rows, self.context.rank)
+
+    @contextmanager
+    def whole_rows(self) -> Iterator[None]:
+        """For evaluations: rows are not split over ranks inside, and no gathered weights are left behind."""
+        maker = self.model.layout_maker
+        self.model.layout_maker = make_layout
+        try:
+            yield
+        finally:
+            self.model.layout_maker = maker
+            self.reshard()
 
     def micro_batch(self, *, last: bool) -> None:
         """Say before each backward pass whether it is the step's last: replicas add up gradients only then."""
         if self.meshes.sizes.replicate > 1:
-            root = self._units[0]
-            root.set_requires_all_reduce(last)
-        self._units[0].set_is_last_backward(last)
+            self.units[0].set_requires_all_reduce(last)
+        self.units[0].set_is_last_backward(last)
 
     def reshard(self) -> None:
         """Drop gathered weights, as after an evaluation: the next forward pass gathers what the shards hold then."""
-        for unit in self._units:
+        for unit in self.units:
             unit.reshard()
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """All weights of a replica on each of its ranks in the compute type (of the experts: this rank's), for code
         that calls parts of the model, such as generation. No gradients may be taken in it."""
-        for unit in self._units:
+        for unit in self.units:
             unit.unshard()
         try:
             yield
@@ -189,7 +212,8 @@ def shard_model(model: Transformer, meshes: Meshes, settings: RuntimeConfig) -> 
         model.to_empty(device="cpu" if meshes.dense.device_type == "cpu" else torch.cuda.current_device())
     parameters = dict(model.named_parameters())
     slices = {name: _slice(name, parameter, meshes) for name, parameter in parameters.items()}
-    return Sharding(model, meshes, parameters, slices, units)
+    context = split_rows(model, meshes.context_group) if sizes.context > 1 else None
+    return Sharding(model, meshes, parameters, slices, units, context)
 
 
 def _keep_own_experts(experts: Experts, meshes: Meshes) -> None:
