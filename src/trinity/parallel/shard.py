@@ -153,6 +153,11 @@ class Sharding:
                 module.bias.zero_()
                 module.momentum.zero_()
 
+    def state(self) -> dict[str, Tensor]:
+        """This rank's part of every parameter, and the buffers, by the model's names; references."""
+        parts = {name: dist.local(parameter.detach()) for name, parameter in self.parameters.items()}
+        return {**parts, **dict(self.model.named_buffers())}
+
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """This rank's part of a whole state (`Transformer.state_dict` of one process)."""
