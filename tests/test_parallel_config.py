@@ -10,7 +10,7 @@ from trinity.config import ParallelConfig, ParallelSizes, check_parallel, parall
 def test_shard_fills_the_world() -> None:
     assert parallel_sizes(ParallelConfig(), 8) == ParallelSizes(1, 8, 1, 1)
     sizes = parallel_sizes(ParallelConfig(replicate=2, expert=4, context=2), 16)
-    assert sizes == ParallelSizes(2, 4, 4, 2)
+    assert sizes == ParallelSizes(2, 4, 4, 2, "zigzag")
     assert (sizes.world, sizes.fsdp, sizes.efsdp, sizes.data) == (16, 8, 2, 8)
     assert small_config("parallel.shard=auto") == small_config("parallel.shard=-1") == small_config()
 

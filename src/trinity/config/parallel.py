@@ -15,6 +15,8 @@ from trinity.config.base import Frozen
 if TYPE_CHECKING:
     from trinity.config.run import RunConfig
 
+ContextOrder = Literal["zigzag", "contiguous"]
+
 
 class ParallelConfig(Frozen):
     """Sizes whose product is the number of processes: replicate * shard * context. One process ignores them."""
@@ -27,7 +29,7 @@ class ParallelConfig(Frozen):
     """Ranks that share the experts of a layer; divides shard * context and model.num_experts."""
     context: PositiveInt = 1
     """Ranks that share a row's tokens."""
-    context_order: Literal["zigzag", "contiguous"] = "zigzag"
+    context_order: ContextOrder = "zigzag"
     """Which tokens: two chunks each, an early and a late one, which evens out global layers; or one chunk each, which
     halves the windows that local layers exchange."""
 
@@ -52,6 +54,7 @@ class ParallelSizes:
     shard: int
     expert: int
     context: int
+    context_order: ContextOrder = "zigzag"
 
     @property
     def world(self) -> int:
@@ -95,7 +98,7 @@ def parallel_sizes(settings: ParallelConfig, world_size: int) -> ParallelSizes:
             f"parallel.expert = {expert} does not divide the {shard * context} ranks of a replica "
             f"(parallel.shard * parallel.context): use one of {divisors(shard * context)}"
         )
-    return ParallelSizes(replicate, shard, expert, context)
+    return ParallelSizes(replicate, shard, expert, context, settings.context_order)
 
 
 def check_parallel(config: "RunConfig", stage: str, world_size: int) -> ParallelSizes:

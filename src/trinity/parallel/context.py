@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trinity.config.model import ModelConfig
+from trinity.config.parallel import ContextOrder
 from trinity.model.layout import Layout, document_starts
 from trinity.model.norm import Kernels
 from trinity.model.rope import rotation
@@ -31,7 +32,7 @@ from trinity.model.transformer import Transformer
 from trinity.ops.attention import AttentionPlan
 from trinity.ops.autograd import once_differentiable, uncompiled
 from trinity.ops.key_ranges import KeyRanges, dense_range_plan, fast_range_plan
-from trinity.parallel.split import ContextOrder, Halo, RowSplit, halo
+from trinity.parallel.split import Halo, RowSplit, halo
 
 # torch 2.13 renamed both and warns of the old names, torch 2.11 knows only those.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

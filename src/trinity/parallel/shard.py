@@ -217,7 +217,7 @@ def shard_model(model: Transformer, meshes: Meshes, settings: RuntimeConfig) -> 
         model.to_empty(device="cpu" if meshes.dense.device_type == "cpu" else torch.cuda.current_device())
     parameters = dict(model.named_parameters())
     slices = {name: _slice(name, parameter, meshes) for name, parameter in parameters.items()}
-    context = split_rows(model, meshes.context_group) if sizes.context > 1 else None
+    context = split_rows(model, meshes.context_group, sizes.context_order) if sizes.context > 1 else None
     return Sharding(model, meshes, parameters, slices, units, context)
 
 

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -117,7 +116,7 @@ def rehearse(config: RunConfig, stage: str, ranks: int) -> Rehearsal:
         raise UsageError("rehearse makes a process group of its own and cannot run inside another")
     sizes = check_parallel(config, stage, ranks)
     settings = getattr(config, stage)
-    split = RowSplit(sizes.context, settings.seq_len, config.parallel.context_order)
+    split = RowSplit(sizes.context, settings.seq_len, sizes.context_order)
     rows = _rows_of_step(config, stage)
     if rows % sizes.data:
         raise UsageError(
@@ -174,7 +173,7 @@ class _Rehearsing:
         with mode, ledger.watching():
             model.layout_maker = _layout
             if meshes is not None and self.sizes.context > 1:
-                model.layout_maker = _Context(meshes.context_group, config.parallel.context_order)
+                model.layout_maker = _Context(meshes.context_group, self.sizes.context_order)
             optimizer = build_optimizer(model, config.model, config.optim, exchange)
             parameters = [local(p.detach()) for p in model.parameters()]
             ledger.claim(PARAMETERS, parameters)
