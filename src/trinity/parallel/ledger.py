@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ACTIVATIONS = "activations"
+ACTIVATIONS = "activations and temporaries"
 """Everything that no other entry claims: what the backward pass needs, and whatever is computed on the way."""
 GATHERED = "gathered weights"
 REDUCED = "gradients on their way"
@@ -89,9 +89,9 @@ class Ledger:
         resize = torch.UntypedStorage.resize_
         ledger = self
 
-        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
-            result = resize(storage, size)
-            ledger._resized(storage._cdata, size)
+        def resize_(self: torch.UntypedStorage, size: int) -> Any:
+            result = resize(self, size)
+            ledger._resized(self._cdata, size)
             return result
 
         torch.UntypedStorage.resize_ = resize_  # FSDP frees and takes memory by it, which is no operation

@@ -41,7 +41,7 @@ from trinity.optim.optimizer import MuonAdamW, build_optimizer
 from trinity.optim.schedule import PlannedStep
 from trinity.parallel import context
 from trinity.parallel.expert import AllToAll, ExpertParallel
-from trinity.parallel.ledger import GRADIENTS, Ledger, Memory
+from trinity.parallel.ledger import ACTIVATIONS, GRADIENTS, Ledger, Memory
 from trinity.parallel.mesh import Meshes, build_meshes
 from trinity.parallel.muon import MuonExchange, _Batch, _Travel
 from trinity.parallel.shard import Sharding, shard_model
@@ -257,7 +257,7 @@ class _Rehearsing:
             parameters=kept.get(PARAMETERS, 0) + kept.get(WORKING, 0),
             gradients=self.gradients,
             optimizer_state=kept.get(OPTIMIZER, 0),
-            activations=kept.get("activations", 0),
+            activations=kept.get(ACTIVATIONS, 0),
             forward_backward=dict(sorted(self.backward_peak.by_kind.items())),
             update=dict(sorted(self.ledger.peak.by_kind.items())),
             muon_updates=self.muon_updates,
@@ -269,8 +269,9 @@ class _Rehearsing:
         for (phase, kind, over), entry in self.ledger.traffic.items():
             if entry.ranks == 1:
                 continue
-            # Gradients are summed over replicas once, with the last micro-batch.
-            times = self.micro_batches if phase == MICRO_BATCH and over != REPLICAS else 1
+            # Sums over ranks are taken once a step; but for those that a split row's documents need.
+            once = phase == UPDATE or (kind == "all-reduce" and over != "context")
+            times = 1 if once else self.micro_batches
             name = _KINDS.get((phase, kind, over), kind)
             before = found.get((name, over))
             messages, sent = (before.messages, before.bytes_sent) if before else (0, 0)
@@ -290,6 +291,9 @@ _KINDS = {
     (MICRO_BATCH, "all-to-all", "context"): "halo of local layers, all-to-all",
     (MICRO_BATCH, "all-gather", "context"): "all-gather of keys and values",
     (MICRO_BATCH, "reduce-scatter", "context"): "reduce-scatter of their gradients",
+    (MICRO_BATCH, "all-reduce", "context"): "all-reduce of documents' counts",
+    (MICRO_BATCH, "all-reduce", "all ranks"): "all-reduce of routers' gradients and counts",
+    (MICRO_BATCH, "all-reduce", "weights"): "all-reduce of the norm",
     (UPDATE, "all-to-all", "weights"): "all-to-all of Muon's matrices",
     (UPDATE, "all-to-all", "expert weights"): "all-to-all of Muon's matrices",
 }
