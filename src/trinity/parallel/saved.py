@@ -61,8 +61,8 @@ class SavedTensors:
             shapes = {piece.part.shape for piece in pieces}
             there = sum(math.prod(piece.part.size) for piece in pieces)
             if len(shapes) > 1 or there != math.prod(pieces[0].part.shape):
-                files = f"{self.files[0].parent} ({len(pieces)} parts of {sorted(shapes)})"
-                raise UserError(f"{name} is not whole in {files}: it is damaged")
+                where = f"{self.files[0].parent} ({len(pieces)} parts of {sorted(shapes)})"
+                raise UserError(f"{name} is not whole in {where}: it is damaged")
 
     def _index(self, file: Path) -> None:
         with safe_open(file, framework="pt") as opened:

@@ -9,7 +9,7 @@ A step's loss is a sum over ranks of local sums over a global count, so every re
 factor is 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -159,13 +159,13 @@ class Sharding:
         return {**parts, **dict(self.model.named_buffers())}
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """This rank's part of a whole state (`Transformer.state_dict` of one process)."""
+    def load(self, state: Iterable[tuple[str, Tensor]]) -> None:
+        """Take this rank's part of whole tensors, handed over one at a time by name."""
         self.reshard()
-        for name, parameter in self.parameters.items():
-            dist.local(parameter).copy_(self.slices[name].of(state[name]))
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(state[name])
+        own = self.state()
+        for name, whole in state:
+            part = self.slices.get(name)
+            own[name].copy_(whole if part is None else part.of(whole))
 
 
 def shard_model(model: Transformer, meshes: Meshes, settings: RuntimeConfig) -> Sharding:
