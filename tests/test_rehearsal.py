@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from processes import run
 from trinity.base.errors import UsageError
 from trinity.cli import main
 from trinity.config import ModelConfig, RunConfig, resolve
@@ -144,12 +145,13 @@ def test_the_verb_prints_json_and_refuses(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_group_that_is_there_is_left_alone() -> None:
-    run(inside_a_group, 1)
-
-
-def inside_a_group(rank: int) -> None:
-    with pytest.raises(UsageError, match="process group of its own"):
-        rehearse(config(), "pretrain", 2)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(UsageError, match="process group of its own"):
+            rehearse(config(), "pretrain", 2)
+        assert torch.distributed.get_world_size() == 2
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_middle_ranks_fetch_most() -> None:
