@@ -12,6 +12,7 @@ import torch
 from trinity.base.errors import UserError
 from trinity.base.files import FULL, sync_folder, write_json
 from trinity.config import ModelConfig
+from trinity.export.balance_state import write_momenta
 from trinity.export.card import model_card
 from trinity.export.config import config_to_public
 from trinity.export.parity import ParityReport, check_parity
@@ -63,6 +64,7 @@ def export_afmoe(
     state = model.state_dict()
     with _folder_aside(out_dir) as folder:
         write_weights(state, config, folder, dtype, max_shard_bytes)
+        write_momenta(state, config, folder)
         write_json(folder / "config.json", public)
         if tokenizer is not None:
             tokenizer.save(folder, model_max_length=config.max_positions)

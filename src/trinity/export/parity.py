@@ -19,6 +19,7 @@ import torch
 
 from trinity.base.errors import UserError
 from trinity.config import ModelConfig
+from trinity.export.balance_state import is_momentum
 from trinity.export.keys import is_bias
 from trinity.export.oracle import oracle_forward
 from trinity.export.reading import import_afmoe
@@ -112,13 +113,11 @@ def check_parity(
 
 def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     tensor = tensor.detach().cpu()
-    return (tensor if is_bias(name) else tensor.to(dtype)).float()
+    return (tensor if is_bias(name) or is_momentum(name) else tensor.to(dtype)).float()
 
 
 def _compare_tensors(state: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], directory: Path) -> None:
     for name, tensor in state.items():
-        if name.endswith("moe.router.momentum"):
-            continue
         if name not in stored or not torch.equal(stored[name], tensor):
             raise ParityError(f"{directory}: {name} comes back from the files with other values than the model's")
 
