@@ -59,14 +59,18 @@ class _Loop:
         self.job, self.stop, config = job, stop, job.config
         self.device = next(job.model.parameters()).device
         dtype = getattr(torch, config.runtime.dtype)
-        self.masters = MasterWeights(job.model, dtype if config.runtime.master_weights else torch.float32)
+        # A sharded model gathers its weights in that type by itself.
+        copies = config.runtime.master_weights and job.sharding is None
+        self.masters = MasterWeights(job.model, dtype if copies else torch.float32)
         self.guard = SpikeGuard(config.guard, self.device)
         self.policy = GuardPolicy(config.guard)
         self.watch = ExpertWatch()
         self.journal = Journal(job)
         self.checkpoints = RunCheckpoints(job, self.journal)
         self.state = TrainingState(job, self.masters, self.guard, self.policy, self.watch, self.device)
-        self.runner = StepRunner(job.model, job.optimizer, job.loss, config, self.guard, self.masters, self.device)
+        self.runner = StepRunner(
+            job.model, job.optimizer, job.loss, config, self.guard, self.masters, self.device, job.sharding
+        )
         self.flops = config.model.flops_per_token(job.stage_config.seq_len)
         self.peak, self.peak_source = peak_flops(self.device, dtype)
         # A GPU is given the next step before the last one's numbers are read; on a CPU there is nothing to overlap.
