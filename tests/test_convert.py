@@ -44,7 +44,9 @@ def fuse(source: Path, out: Path) -> Path:
         tensors[f"{above}gate_up_proj"], tensors[f"{above}down_proj"] = torch.stack(both), torch.stack(down)
     out.mkdir()
     save_file(tensors, out / "model.safetensors")
-    (out / "config.json").write_text((source / "config.json").read_text())
+    for name in ("config.json", "trinity_state.json"):
+        if (source / name).exists():
+            (out / name).write_text((source / name).read_text())
     return out
 
 
@@ -133,7 +135,7 @@ def test_a_fused_reading_that_takes_the_wrong_expert_is_caught(
 
     monkeypatch.setattr(TensorFiles, "read", wrong)
     monkeypatch.setattr(importlib.import_module("trinity.export.convert"), "_compare_tensors", lambda *_: None)
-    with pytest.raises(ParityError, match="other experts|logits differ"):
+    with pytest.raises(ParityError, match=r"other experts|logits differ"):
         convert_afmoe(source, tmp_path / "out")
 
 
