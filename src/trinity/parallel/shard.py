@@ -215,6 +215,8 @@ def shard_model(model: Transformer, meshes: Meshes, settings: RuntimeConfig) -> 
     _show_tensors_to_hooks()
     if model.embed.weight.is_meta:
         model.to_empty(device="cpu" if meshes.dense.device_type == "cpu" else torch.cuda.current_device())
+    # What the first forward pass would do: parts get their final place in memory, and weights can be gathered before.
+    units[0]._get_fsdp_state()._lazy_init()
     parameters = dict(model.named_parameters())
     slices = {name: _slice(name, parameter, meshes) for name, parameter in parameters.items()}
     context = split_rows(model, meshes.context_group, sizes.context_order) if sizes.context > 1 else None
