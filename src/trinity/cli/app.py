@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from trinity.cli import corpus, models, runs, training
+from trinity.cli import cluster, corpus, models, runs, training
 from trinity.cli.options import example
 
 app = typer.Typer(
@@ -69,6 +69,9 @@ app.command("export", epilog=example("trinity export runs/rl --out my-model --dt
 app.command("import", epilog=example("trinity import Trinity-Nano-Base --out runs/base"))(models.import_model)
 app.command("report", epilog=example("trinity report runs/nano"))(runs.report)
 app.add_typer(checkpoints_app, name="checkpoints")
+app.command("doctor", epilog=example("trinity doctor --path runs", "torchrun --nproc-per-node 8 -m trinity doctor"))(
+    cluster.doctor
+)
 
 tokenizer_app.command("train", epilog=example("trinity tokenizer train books/ code/ --vocab-size 32000 --out tok"))(
     corpus.train_tokenizer
