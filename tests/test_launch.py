@@ -66,6 +66,7 @@ def test_a_rank_that_hangs_is_named_and_a_signal_saves_on_all(tmp_path: Path) ->
     stopped = worker(process.pid, 1)
     os.kill(stopped, signal.SIGSTOP)
     try:
+        assert process.stderr is not None
         line = next(line for line in process.stderr if line.startswith("trinity: rank 1 ("))
         assert "did not arrive at step " in line
         assert "within 8 s: last seen at step " in line

@@ -157,11 +157,11 @@ def _equal_speed(device: torch.device, size: int = 8192) -> Finding:
     """bfloat16 matrix products on every GPU: a slow one (hot, throttled, shared) slows all down."""
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     for _ in range(3):
-        a @ a
+        torch.mm(a, a)
     torch.cuda.synchronize(device)
     started = time.perf_counter()
     for _ in range(10):
-        a @ a
+        torch.mm(a, a)
     torch.cuda.synchronize(device)
     speed = 10 * 2 * size**3 / (time.perf_counter() - started)
     speeds = [(s, host) for s, host in dist.gather_objects((speed, socket.gethostname()))]

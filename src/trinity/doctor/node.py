@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.cuda.nccl
 
 from trinity.base.package import package_fingerprint
 from trinity.doctor.finding import Finding
