@@ -8,6 +8,7 @@ import torch
 from trinity.base.errors import UserError
 from trinity.base.files import read_json
 from trinity.config import ModelConfig
+from trinity.export.balance_state import read_momenta
 from trinity.export.config import config_from_public
 from trinity.export.files import TensorFiles
 from trinity.export.keys import Piece, is_bias, our_shapes, pieces
@@ -30,9 +31,9 @@ def import_afmoe(
 ) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """The settings and the whole state dict of a public model directory, on the CPU.
 
-    `dtype` None keeps each tensor's stored type (a quantised model becomes float32). Expert biases are float32 always;
-    the momentum of the balancing, which the format does not have, is zero. Raises UserError naming the tensor and the
-    shapes when one is missing, unexpected or of another shape.
+    `dtype` None keeps each tensor's stored type (a quantised model becomes float32). Expert biases are float32 always,
+    and so are the momenta of the balancing, zero where the directory has none. Raises UserError naming the tensor and
+    the shapes when one is missing, unexpected or of another shape.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -45,7 +46,7 @@ def iterate_state(
     """Our tensors one at a time, so that the memory needed beside the model is that of one fused tensor."""
     quantization = read_json(directory / "config.json").get("quantization_config")
     with TensorFiles(directory, quantization) as files:
-        _check(files, config)
+        check_files(files, config)
         if quantization and dtype is None:
             dtype = torch.float32
         shapes = our_shapes(config)
@@ -54,8 +55,7 @@ def iterate_state(
             grouped.setdefault(piece.ours, []).append(piece)
         for name, parts in grouped.items():
             yield name, _assemble(files, name, parts, shapes[name], dtype)
-            if is_bias(name):
-                yield name.replace(".bias", ".momentum"), torch.zeros(config.num_experts)
+        yield from read_momenta(directory, config).items()
 
 
 def _assemble(
@@ -63,11 +63,7 @@ def _assemble(
 ) -> torch.Tensor:
     whole: torch.Tensor | None = None
     for piece in parts:
-        if piece.public in files.names:
-            value = files.read(piece.public)
-        else:
-            assert piece.fused is not None
-            value = files.read(piece.fused, piece.expert, slice(piece.start, piece.start + piece.shape[0]))
+        value = read_piece(files, piece)
         if whole is None:
             kind = torch.float32 if is_bias(name) else dtype or value.dtype
             whole = torch.empty(shape, dtype=kind)
@@ -76,8 +72,16 @@ def _assemble(
     return whole
 
 
-def _check(files: TensorFiles, config: ModelConfig) -> None:
-    """Names and shapes of everything, before anything is read."""
+def read_piece(files: TensorFiles, piece: Piece) -> torch.Tensor:
+    """One public tensor, also out of a tensor that holds all experts of a layer; FP8 becomes float32."""
+    if piece.public in files.names:
+        return files.read(piece.public)
+    assert piece.fused is not None
+    return files.read(piece.fused, piece.expert, slice(piece.start, piece.start + piece.shape[0]))
+
+
+def check_files(files: TensorFiles, config: ModelConfig) -> None:
+    """Names and shapes of everything, before anything is read. Raises UserError that names the tensor."""
     held = files.names
     shapes = our_shapes(config)
     expected: set[str] = set()
