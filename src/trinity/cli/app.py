@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from trinity.cli import corpus, models, rehearsing, runs, training
+from trinity.cli import cluster, corpus, models, rehearsing, runs, training
 from trinity.cli.options import example
 
 app = typer.Typer(
@@ -72,6 +72,9 @@ app.command("rehearse", epilog=example("trinity rehearse large parallel.replicat
 )
 app.command("report", epilog=example("trinity report runs/nano"))(runs.report)
 app.add_typer(checkpoints_app, name="checkpoints")
+app.command("doctor", epilog=example("trinity doctor --path runs", "torchrun --nproc-per-node 8 -m trinity doctor"))(
+    cluster.doctor
+)
 
 tokenizer_app.command("train", epilog=example("trinity tokenizer train books/ code/ --vocab-size 32000 --out tok"))(
     corpus.train_tokenizer
