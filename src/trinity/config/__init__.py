@@ -20,6 +20,7 @@ from trinity.config.run import (
     StageConfig,
     TokenizerConfig,
 )
+from trinity.config.serve import ServeConfig
 
 __all__ = [
     "BalanceConfig",
@@ -38,6 +39,7 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "SFTConfig",
+    "ServeConfig",
     "StageConfig",
     "TokenizerConfig",
     "list_presets",
