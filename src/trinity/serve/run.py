@@ -60,9 +60,18 @@ def run(service: Service, on_start: Callable[[str, int], None]) -> bool:
     """
     config = service.config
     listener = listen(config.host, config.port)
+    server = Server(server_settings(service), service, on_start)
+    with listener, _ending_quietly():
+        server.run([listener])
+    return not server.cut_short
+
+
+def server_settings(service: Service) -> uvicorn.Config:
+    """uvicorn's settings for a service."""
+    config = service.config
     # Sockets that only hold a place are cheap; more than this is an attack or a mistake.
     connections = max(1024, 4 * (config.max_batch + config.max_queued))
-    settings = uvicorn.Config(
+    return uvicorn.Config(
         service.app,
         log_level="warning",
         access_log=False,
@@ -73,10 +82,6 @@ def run(service: Service, on_start: Callable[[str, int], None]) -> bool:
         lifespan="on",
         ws="none",
     )
-    server = Server(settings, service, on_start)
-    with listener, _ending_quietly():
-        server.run([listener])
-    return not server.cut_short
 
 
 @contextmanager
