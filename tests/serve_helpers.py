@@ -85,6 +85,11 @@ class Running:
     server: Server
     port: int
 
+    @classmethod
+    def at(cls, port: int) -> "Running":
+        """A server in another process, of which only the port is known."""
+        return cls(None, None, port)  # type: ignore[arg-type]
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"

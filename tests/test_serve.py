@@ -94,7 +94,7 @@ def test_tool_calls_whole_and_streamed(client: openai.OpenAI) -> None:
     assert {call.function.name for call in calls} == {"weather"}
     assert len({call.id for call in calls}) == 2
     chunks = list(client.chat.completions.create(**fields, stream=True))
-    streamed = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    streamed: list[Any] = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
     assert [call.index for call in streamed] == [0, 1]
     assert [json.loads(call.function.arguments)["city"] for call in streamed] == ["Paris", "Rome"]
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
