@@ -36,6 +36,8 @@ class Snapshot:
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]
     """JSON: step, tokens, source, random state, guard, fingerprints, settings."""
+    ready: Callable[[], None] = lambda: None
+    """Waits until the tensors hold their values, where a GPU may still be copying them."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     try:
         if os.path.lexists(partial):
             shutil.rmtree(partial)
+        snapshot.ready()
         os.mkdir(partial)  # noqa: PTH102  (all writing goes through `os`, where the tests inject faults)
         state = json.dumps(snapshot.state, indent=1, ensure_ascii=False, allow_nan=False).encode()
         files = {

@@ -2,6 +2,7 @@
 
 import torch
 
+from trinity.base import dist
 from trinity.optim.schedule import StepPlan
 from trinity.train.job import Evaluation, Outcome, TrainJob
 from trinity.train.journal import Journal
@@ -18,6 +19,7 @@ def is_due(evaluation: Evaluation, plan: StepPlan, step: int) -> bool:
 
 def evaluate(job: TrainJob, evaluation: Evaluation, step: int, journal: Journal) -> Outcome:
     """Run an evaluation in eval mode without gradients, with a random state of its own; write down what it found."""
+    dist.place.arrive(f"the evaluation after step {step}")
     model, training = job.model, job.model.training
     device = next(model.parameters()).device
     model.eval()

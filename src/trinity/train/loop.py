@@ -21,6 +21,7 @@ from trinity.train import resume
 from trinity.train.evaluating import evaluate, is_due
 from trinity.train.guard import GuardPolicy, SpikeGuard
 from trinity.train.hardware import peak_flops
+from trinity.train.host_copy import HostCopies
 from trinity.train.interrupt import StopSignal
 from trinity.train.job import TrainJob, TrainResult
 from trinity.train.journal import Journal
@@ -65,8 +66,11 @@ class _Loop:
         self.watch = ExpertWatch()
         self.journal = Journal(job)
         self.checkpoints = RunCheckpoints(job, self.journal)
-        self.state = TrainingState(job, self.masters, self.guard, self.policy, self.watch, self.device)
-        self.runner = StepRunner(job.model, job.optimizer, job.loss, config, self.guard, self.masters, self.device)
+        self.copies = HostCopies(self.device)
+        self.state = TrainingState(job, self.masters, self.guard, self.policy, self.watch, self.copies, self.device)
+        self.runner = StepRunner(
+            job.model, job.optimizer, job.loss, config, self.guard, self.masters, self.device, self.copies.protect
+        )
         self.flops = config.model.flops_per_token(job.stage_config.seq_len)
         self.peak, self.peak_source = peak_flops(self.device, dtype)
         # A GPU is given the next step before the last one's numbers are read; on a CPU there is nothing to overlap.
@@ -100,6 +104,7 @@ class _Loop:
     def close(self) -> None:
         """Give the model its float32 parameters back, and let a save under way end; called however the run ends."""
         self.checkpoints.join()
+        self.copies.close()
         self.masters.restore()
 
     def _leave(self, signal: str) -> TrainResult:
@@ -133,6 +138,7 @@ class _Loop:
             started = time.perf_counter()
             rows = self.job.source.next_batch(planned.step)
             self.guard.enter_phase(planned.phase)
+            dist.place.arrive(f"step {planned.step + 1}")
             packed = self.runner.run(planned, rows, stop=self.stop.received is not None)
             self.in_flight.append(InFlight(planned, rows, packed, started))
         self.step += 1
@@ -232,6 +238,8 @@ class _Loop:
     def _save(self, *, wait: bool) -> None:
         if not self.job.config.checkpoint.enabled:
             return
+        dist.place.arrive(f"the checkpoint after step {self.step}")
+        self.checkpoints.wait()  # the last copy must be on the disk before the next one takes its place
         snapshot = self.state.capture(Position(self.step, self.finished), self._tokens(), copy=not wait)
         self.checkpoints.save(snapshot, wait=wait)
         self.policy.checkpoint_written(self.step)

@@ -24,8 +24,10 @@ CHANGEABLE = (
     "checkpoint.",
     "guard.",
     "eval.",
+    "parallel.",
     "runtime.device",
     "runtime.threads",
+    "runtime.timeout",
     "runtime.compile",
     "runtime.recompute",
     "runtime.kernels",
@@ -94,14 +96,14 @@ def model_state(model: nn.Module, masters: MasterWeights) -> dict[str, Tensor]:
     return {**model.state_dict(), **masters.masters()}
 
 
-def to_host(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, sharing no memory with the originals if `copy`. Gathers sharded ones (a collective)."""
+def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, themselves where they are there already. Gathers sharded ones (a collective)."""
     host = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
-        host[name] = tensor.to("cpu", copy=copy)
+        host[name] = tensor.cpu()
     return host
 
 

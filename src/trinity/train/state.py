@@ -9,6 +9,7 @@ from trinity.base.errors import UserError
 from trinity.train import resume
 from trinity.train.checkpoint import Snapshot, load_checkpoint
 from trinity.train.guard import GuardPolicy, SpikeGuard
+from trinity.train.host_copy import HostCopies
 from trinity.train.job import TrainJob
 from trinity.train.manifest import MODEL, OPTIMIZER, STATE
 from trinity.train.metrics import ExpertWatch
@@ -34,10 +35,15 @@ class TrainingState:
     guard: SpikeGuard
     policy: GuardPolicy
     watch: ExpertWatch
+    copies: HostCopies
     device: torch.device
 
     def capture(self, position: Position, tokens: int, *, copy: bool) -> Snapshot:
-        """The present state on the CPU, sharing no memory with what trains if `copy`. A collective."""
+        """The present state on the CPU. A collective.
+
+        With `copy` training may go on: what it holds is overwritten by the next such call and by nothing else. Without,
+        it may share memory with what trains.
+        """
         job = self.job
         state = {
             "step": position.step,
@@ -52,9 +58,18 @@ class TrainingState:
             "config": job.config.model_dump(mode="json"),
             "torch": torch.__version__,
         }
-        model = resume.to_host(resume.model_state(job.model, self.masters), copy=copy)
-        optimizer = resume.to_host(job.optimizer.state_dict(), copy=copy)
-        return Snapshot(position.step, model, optimizer, resume.frozen_json(state))
+        model, optimizer = resume.model_state(job.model, self.masters), job.optimizer.state_dict()
+        frozen = resume.frozen_json(state)
+        if not copy:
+            return Snapshot(position.step, resume.to_host(model), resume.to_host(optimizer), frozen)
+        parts = {
+            (part, name): t for part, group in ((MODEL, model), (OPTIMIZER, optimizer)) for name, t in group.items()
+        }
+        taken = self.copies.take(parts)
+        model, optimizer = (
+            {n: t for (part, n), t in taken.tensors.items() if part == file} for file in (MODEL, OPTIMIZER)
+        )
+        return Snapshot(position.step, model, optimizer, frozen, taken.ready)
 
     def restore(self, path: Path) -> Position:
         """Take over a checkpoint. Raises UserError when it is damaged or of another stage, plan, model or data."""

@@ -3,7 +3,7 @@
 Nothing here waits for the device; `Packed.read` does, when the loop asks for the step's numbers.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ class StepRunner:
     guard: SpikeGuard
     masters: MasterWeights
     device: torch.device
+    before_update: Callable[[], None] = lambda: None
+    """Called when forward and backward passes are done, before parameters, optimizer state and biases change."""
 
     def __post_init__(self) -> None:
         if needs_margins(self.config.balance):
@@ -63,6 +65,7 @@ class StepRunner:
         norm = total_norm(gradients)
         verdict = self.guard.judge(packed.device_value("loss"), norm)
         clip_(gradients, norm, self.config.optim.clip_norm)
+        self.before_update()
         self.optimizer.set_lr(planned.lr_scale)
         self.optimizer.step(skip=verdict.skip)
         self.masters.refresh()
