@@ -183,6 +183,8 @@ def _checkpoint_state(
                 tensor = file.get_tensor(name)
                 if tensor.shape != shape:
                     raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, run.toml says {tuple(shape)}")
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    raise UserError(f"{path}: {name} holds numbers that are not finite; take an earlier checkpoint")
                 keep = name.endswith((".router.bias", ".router.momentum"))
                 yield name, tensor if keep or dtype is None else tensor.to(dtype)
     except SafetensorError as error:

@@ -73,7 +73,19 @@ def list_checkpoints(folder: Path) -> list[CheckpointInfo]:
 
 
 def verify_checkpoint(path: Path) -> dict[str, Digest]:
-    """Read every file of a checkpoint against its manifest. Raises UserError that names the file and what differs."""
+    """Read every file of a checkpoint against its manifest, and every number of its tensors.
+
+    Raises UserError that names the file and what differs, or the tensor that holds NaN or infinity: weights that a
+    training gone wrong has spoilt are whole as a file and still nothing to go back to.
+    """
+    files = _verify_files(path)
+    for name in (MODEL, OPTIMIZER):
+        for _ in read_tensors(path / name):
+            pass
+    return files
+
+
+def _verify_files(path: Path) -> dict[str, Digest]:
     files = read_manifest(path)
     for name, expected in files.items():
         found = digest(path / name)
@@ -92,22 +104,14 @@ def load_checkpoint(path: Path) -> Snapshot:
     Raises UserError when it is damaged or not one, is of another step than its folder's name says, or holds numbers
     that are not finite: no run could go on from them.
     """
-    verify_checkpoint(path)
+    _verify_files(path)
     state = read_json(path / STATE)
     if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise UserError(f"{path / STATE} is not the state of a checkpoint: it has no step")
     named = NAME.fullmatch(path.name)
     if named and int(named[1]) != state["step"]:
         raise UserError(f"{path / STATE} is of step {state['step']}, not of the step in its folder's name")
-    return Snapshot(state["step"], _read_finite(path / MODEL), _read_finite(path / OPTIMIZER), state)
-
-
-def _read_finite(path: Path) -> dict[str, Tensor]:
-    tensors = read_tensors(path)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise UserError(f"{path}: {name} holds numbers that are not finite; take an earlier checkpoint")
-    return tensors
+    return Snapshot(state["step"], dict(read_tensors(path / MODEL)), dict(read_tensors(path / OPTIMIZER)), state)
 
 
 def latest_good(folder: Path, on_damage: Callable[[CheckpointInfo, str], None]) -> Path | None:

@@ -4,13 +4,12 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trinity.base.errors import UserError
@@ -102,9 +101,18 @@ def digest(path: Path) -> Digest:
         return Digest(file.tell(), found.hexdigest())
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU. Raises UserError when it is not one."""
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file by name, on the CPU, one at a time.
+
+    Raises UserError when it is not such a file and at the first tensor with numbers that are not finite: no run could
+    go on from them.
+    """
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (it is no mapping)
+                tensor = file.get_tensor(name)
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    raise UserError(f"{path}: {name} holds numbers that are not finite; take an earlier checkpoint")
+                yield name, tensor
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
