@@ -60,7 +60,9 @@ class _Loop:
         self.job, self.stop, config = job, stop, job.config
         self.device = next(job.model.parameters()).device
         dtype = getattr(torch, config.runtime.dtype)
-        self.masters = MasterWeights(job.model, dtype if config.runtime.master_weights else torch.float32)
+        # A sharded model gathers its weights in that type by itself.
+        copies = config.runtime.master_weights and job.sharding is None
+        self.masters = MasterWeights(job.model, dtype if copies else torch.float32)
         self.guard = SpikeGuard(config.guard, self.device)
         self.policy = GuardPolicy(config.guard)
         self.watch = ExpertWatch()
@@ -69,7 +71,15 @@ class _Loop:
         self.copies = HostCopies(self.device)
         self.state = TrainingState(job, self.masters, self.guard, self.policy, self.watch, self.copies, self.device)
         self.runner = StepRunner(
-            job.model, job.optimizer, job.loss, config, self.guard, self.masters, self.device, self.copies.protect
+            job.model,
+            job.optimizer,
+            job.loss,
+            config,
+            self.guard,
+            self.masters,
+            self.device,
+            job.sharding,
+            before_update=self.copies.protect,
         )
         self.flops = config.model.flops_per_token(job.stage_config.seq_len)
         self.peak, self.peak_source = peak_flops(self.device, dtype)
