@@ -160,11 +160,9 @@ def run_all(experiment: Experiment, jobs: list[tuple[str, int]], options: argpar
     waiting, running = list(jobs), list[Running]()
     try:
         while (waiting or running) and time.monotonic() < deadline:
-            cold = options.warm_first and len(running) == 1 and len(waiting) == len(jobs) - 1
-            alone = cold and not _steps(running[0].folder)
-            while (
-                waiting and len(running) < (1 if options.warm_first and not running else options.parallel) and not alone
-            ):
+            begun = len(jobs) - len(waiting)
+            cold = options.warm_first and begun <= 1 and not any(_steps(run.folder) for run in running)
+            while waiting and len(running) < (1 if cold else options.parallel):
                 gpu = min(range(options.gpus), key=lambda gpu: sum(r.gpu == gpu for r in running))
                 running.append(start(experiment, *waiting.pop(0), gpu, options))
             time.sleep(0.25)

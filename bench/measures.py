@@ -162,7 +162,7 @@ def markdown(table: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> 
                 paired = _pm(cell["difference"], cell["difference_ci95"], 3)
                 cells.append("baseline" if own else f"{paired} ({cell['baseline']})")
         rows.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows).replace("+-", "±")
 
 
 def _pm(mean: float | None, half: float | None, digits: int = 5) -> str:
