@@ -269,7 +269,7 @@ class _Loop:
                         evaluate(job, evaluation, 0, self.journal)
             parameters = sum(p.numel() for p in job.model.parameters())
             self._event("start", parameters=parameters, steps=len(job.plan), **peak)
-            self._save(wait=False)
+            self._save(wait=not job.config.checkpoint.asynchronous)
         else:
             self._event("resume", checkpoint=f"checkpoints/{path.name}", changed=changed, **peak)
 
