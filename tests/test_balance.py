@@ -60,9 +60,9 @@ def test_smebu_golden_values() -> None:
 def test_a_golden_sequence_of_smebu() -> None:
     """Three experts over three steps, worked out by hand in float64 with rate 1, kappa 2 and beta 0.5.
 
-    Step 1, counts 9 0 0: v = -2 1 1, tanh = -0.99932930 0.96402758 0.96402758, their mean 0.30957529, so d = -1.30890459
-    0.65445229 0.65445229; m = d / 2; b = m. Step 2, counts 0 3 6: v = 1 0 -1, d = 0.96402758 0 -0.96402758; m = m / 2 +
-    d / 2; b += m. Step 3, counts 4 4 4: d = 0; m = m / 2; b += m.
+    Step 1, counts 9 0 0: v = -2 1 1, tanh = -0.99932930 0.96402758 0.96402758, their mean 0.30957529, so
+    d = -1.30890459 0.65445229 0.65445229; m = d / 2; b = m. Step 2, counts 0 3 6: v = 1 0 -1, d = 0.96402758 0
+    -0.96402758; m = m / 2 + d / 2; b += m. Step 3, counts 4 4 4: d = 0; m = m / 2; b += m.
     """
     bias, momentum = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     expected = [
