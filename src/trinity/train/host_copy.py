@@ -13,9 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from trinity.base import dist
 from trinity.base.errors import UserError
 
 Name = TypeVar("Name", bound=Hashable)
@@ -50,29 +48,23 @@ class HostCopies:
     def take(self, tensors: Mapping[Name, Tensor]) -> Copy[Name]:
         """A copy of each tensor's present values. Overwrites the last copy; does not wait for the device.
 
-        Gathers sharded tensors, which is a collective; only the main rank gets the copy. Raises UserError when the host
-        has too little memory.
+        Raises UserError when the host has too little memory.
         """
-        views = self._views(tensors) if dist.is_main() else {}
-        for name, tensor in tensors.items():
-            whole = _whole(tensor)
-            if name in views:
-                self._copy(views[name], whole)
+        tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        views = self._views(tensors)
         if self._stream is None:
+            for name, tensor in tensors.items():
+                views[name].copy_(tensor)
             return Copy(views)
-        self._running = torch.cuda.Event(blocking=True)  # the writer sleeps rather than spins
-        self._running.record(self._stream)
-        return Copy(views, self._running)
-
-    def _copy(self, view: Tensor, tensor: Tensor) -> None:
-        if self._stream is None:
-            view.copy_(tensor)
-            return
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            view.copy_(tensor, non_blocking=True)
-        if tensor.is_cuda:
-            tensor.record_stream(self._stream)  # one that was gathered dies before it is copied
+            for name, tensor in tensors.items():
+                views[name].copy_(tensor, non_blocking=True)
+                if tensor.is_cuda:
+                    tensor.record_stream(self._stream)  # one made for the occasion dies before it is copied
+            self._running = torch.cuda.Event(blocking=True)  # the writer sleeps rather than spins
+            self._running.record(self._stream)
+        return Copy(views, self._running)
 
     def protect(self) -> None:
         """Call before the originals change: what the device does from now on waits for copies under way."""
@@ -115,11 +107,6 @@ class HostCopies:
             _check(_runtime().cudaHostRegister(arena.data_ptr(), size, 0), "pinned", size)
             self._pinned = True
         return arena
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _runtime() -> Any:

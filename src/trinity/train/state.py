@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from trinity.base import dist
 from trinity.base.errors import UserError
 from trinity.train import resume
 from trinity.train.checkpoint import Snapshot, load_checkpoint
@@ -14,6 +16,7 @@ from trinity.train.job import TrainJob
 from trinity.train.manifest import MODEL, OPTIMIZER, STATE
 from trinity.train.metrics import ExpertWatch
 from trinity.train.precision import MasterWeights
+from trinity.train.run_checkpoints import verify_together
 
 
 @dataclass
@@ -39,10 +42,10 @@ class TrainingState:
     device: torch.device
 
     def capture(self, position: Position, tokens: int, *, copy: bool) -> Snapshot:
-        """The present state on the CPU. A collective.
+        """The present state on the CPU, of sharded tensors this rank's part. A collective.
 
         With `copy` training may go on: what it holds is overwritten by the next such call and by nothing else. Without,
-        it may share memory with what trains.
+        it may share memory with what trains. Ranks that save nothing hold nothing.
         """
         job = self.job
         state = {
@@ -58,22 +61,33 @@ class TrainingState:
             "config": job.config.model_dump(mode="json"),
             "torch": torch.__version__,
         }
-        model, optimizer = resume.model_state(job.model, self.masters), job.optimizer.state_dict()
+        model, optimizer, part = self._model(), job.optimizer.state_dict(), None
+        if job.sharding is not None:
+            model, optimizer, part = resume.own_part(job.sharding, model, optimizer)
+        elif not dist.is_main():
+            model, optimizer = {}, {}
         frozen = resume.frozen_json(state)
         if not copy:
-            return Snapshot(position.step, resume.to_host(model), resume.to_host(optimizer), frozen)
-        parts = {
-            (part, name): t for part, group in ((MODEL, model), (OPTIMIZER, optimizer)) for name, t in group.items()
-        }
-        taken = self.copies.take(parts)
-        model, optimizer = (
-            {n: t for (part, n), t in taken.tensors.items() if part == file} for file in (MODEL, OPTIMIZER)
-        )
-        return Snapshot(position.step, model, optimizer, frozen, taken.ready)
+            return Snapshot(position.step, resume.to_host(model), resume.to_host(optimizer), frozen, part)
+        files = ((MODEL, model), (OPTIMIZER, optimizer))
+        taken = self.copies.take({(file, name): t for file, tensors in files for name, t in tensors.items()})
+        model, optimizer = ({n: t for (f, n), t in taken.tensors.items() if f == file} for file, _ in files)
+        return Snapshot(position.step, model, optimizer, frozen, part, taken.ready)
+
+    def _model(self) -> dict[str, Tensor]:
+        if self.job.sharding is not None:
+            return self.job.sharding.state()
+        return resume.model_state(self.job.model, self.masters)
 
     def restore(self, path: Path) -> Position:
-        """Take over a checkpoint. Raises UserError when it is damaged or of another stage, plan, model or data."""
-        snapshot = load_checkpoint(path)
+        """Take over a checkpoint of any layout. Raises UserError when it is damaged or of another stage, plan, model
+        or data. A collective."""
+        slices = None
+        if dist.world_size() > 1:
+            verify_together(path)
+            sharding = self.job.sharding
+            slices = {} if sharding is None else resume.state_slices(sharding, self.job.optimizer.state_dict())
+        snapshot = dist.together(lambda: load_checkpoint(path, slices))
         with resume.refuse_malformed(path / STATE):
             return self._take_over(path, snapshot)
 
@@ -86,7 +100,7 @@ class TrainingState:
         for name, value in job.fingerprints.items():
             if state["fingerprints"].get(name) != value:
                 raise UserError(f"{path} was trained with another {name} than this run has (their fingerprints differ)")
-        model = resume.model_state(job.model, self.masters)
+        model = self._model()
         resume.check_state(model, snapshot.model, str(path / MODEL))
         resume.check_state(job.optimizer.state_dict(), snapshot.optimizer, str(path / OPTIMIZER))
         resume.copy_state(model, snapshot.model)

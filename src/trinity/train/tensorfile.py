@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,10 +68,11 @@ def write_bytes(path: Path, data: bytes) -> Digest:
         return file.finish()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Digest:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Digest:
     """Write CPU tensors as a new safetensors file, without a second copy in memory."""
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for name in names:
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
@@ -111,8 +112,13 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  (it is no mapping)
                 tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                    raise UserError(f"{path}: {name} holds numbers that are not finite; take an earlier checkpoint")
+                check_finite(path, name, tensor)
                 yield name, tensor
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def check_finite(where: Path, name: str, tensor: Tensor) -> None:
+    """Raises UserError when a tensor of a checkpoint holds NaN or infinity."""
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise UserError(f"{where}: {name} holds numbers that are not finite; take an earlier checkpoint")
