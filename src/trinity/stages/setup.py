@@ -19,6 +19,7 @@ from trinity.infer.load import find, find_tokenizer, has_tokenizer, load_model
 from trinity.model.transformer import Transformer
 from trinity.optim.optimizer import MuonAdamW, build_optimizer
 from trinity.tokenizer import Tokenizer
+from trinity.train.compilation import compile_blocks
 from trinity.train.job import Silent, TrainJob, TrainResult
 from trinity.train.loop import train
 
@@ -102,12 +103,7 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
     if not config.runtime.master_weights:
         model.to(getattr(torch, config.runtime.dtype))
     optimizer = build_optimizer(model, config.model, config.optim)
-    if config.runtime.compile and device.type == "cuda":
-        # All blocks share one code object: local and global, dense and sparse, with and without gradients, each shape
-        # of an evaluation. Past the limit (8 by default) a block runs uncompiled, with no more than a warning.
-        torch._dynamo.config.recompile_limit = 64
-        for block in model.layers:
-            block.compile()
+    compile_blocks(model, config.runtime)
     return Stage(name, config, settings, RunDir(run_dir), device, tokenizer, model, optimizer)
 
 

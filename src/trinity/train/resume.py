@@ -27,6 +27,7 @@ CHANGEABLE = (
     "runtime.device",
     "runtime.threads",
     "runtime.compile",
+    "runtime.cuda_graphs",
     "runtime.recompute",
     "runtime.kernels",
     "data.prefetch",
