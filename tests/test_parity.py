@@ -14,6 +14,7 @@ import trinity.export.keys
 from test_export import SMALL, random_model
 from trinity.config import ModelConfig
 from trinity.export.afmoe import export_afmoe
+from trinity.export.formats import FORMATS
 from trinity.export.keys import Piece
 from trinity.export.parity import ParityError, check_parity
 from trinity.model.transformer import Transformer
@@ -76,7 +77,7 @@ def test_faulty_tensors_in_the_files_are_caught(fault: str, model: Transformer, 
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((written / "config.json").read_text())
     with pytest.raises(ParityError, match="other values"):
-        check_parity(model, tmp_path, dtype=torch.float32)
+        check_parity(model, tmp_path, stored_as=FORMATS["float32"])
 
 
 CONFIG_FAULTS: dict[str, dict[str, Any]] = {
@@ -101,7 +102,7 @@ def test_a_config_that_writer_and_reader_agree_on_is_caught(
     public = json.loads((written / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**public, **CONFIG_FAULTS[fault]}))
     with pytest.raises(ParityError, match="our reader"):
-        check_parity(model, tmp_path, dtype=torch.float32)
+        check_parity(model, tmp_path, stored_as=FORMATS["float32"])
 
 
 def renamed(one: str, other: str) -> Callable[[Piece], Piece]:
@@ -160,12 +161,12 @@ def test_transformers_alone_would_catch_a_wrong_mapping(
     for user in ("writing", "reading"):
         monkeypatch.setattr(importlib.import_module(f"trinity.export.{user}"), "pieces", wrong)
 
-    compare = gate._compare_logits
+    compare = gate.compare_logits
 
-    def only_transformers(name: str, run: Any, logits: torch.Tensor, directory: Path) -> float:
-        return compare(name, run, logits, directory) if name == "transformers" else 0.0
+    def only_transformers(name: str, expected: Any, logits: torch.Tensor, directory: Path) -> float:
+        return compare(name, expected, logits, directory) if name == "transformers" else 0.0
 
-    monkeypatch.setattr(gate, "_compare_logits", only_transformers)
+    monkeypatch.setattr(gate, "compare_logits", only_transformers)
     monkeypatch.setattr(gate, "TIE", float("inf"))
     with pytest.raises(ParityError, match="transformers"):
         export_afmoe(model, SMALL, None, tmp_path / "out", dtype=torch.float32)

@@ -1,26 +1,24 @@
 """Export a model to a public `afmoe` directory, whole and proven, or not at all."""
 
-import hashlib
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trinity.base.errors import UserError
-from trinity.base.files import FULL, sync_folder, write_json
+from trinity.base.files import write_json
 from trinity.config import ModelConfig
 from trinity.export.card import model_card
 from trinity.export.config import config_to_public
-from trinity.export.parity import ParityReport, check_parity
-from trinity.export.writing import write_weights
+from trinity.export.folder import check_replaceable, folder_aside, weights_fingerprint
+from trinity.export.formats import Format, find_format, format_of, quantization_config
+from trinity.export.parity import ParityReport, Sample, check_parity
+from trinity.export.writing import state_reader, write_weights
 from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def export_afmoe(
@@ -29,61 +27,79 @@ def export_afmoe(
     tokenizer: Tokenizer | None,
     out_dir: Path | str,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = torch.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     load_balance_coeff: float = 5e-4,
     origin: Mapping[str, str] | None = None,
+    sample: Sample | None = None,
     force: bool = False,
 ) -> ParityReport:
     """Write `model` and `tokenizer` as a model directory that other engines load without custom code.
 
-    Everything is written into a folder beside `out_dir`, read back and compared with `model` (`check_parity`), and only
-    then renamed. `origin` (such as run, step and data fingerprint) goes into the model card. Raises UserError when
-    `out_dir` exists and `force` is off, when the model is an ablation that the format cannot hold, when the tokenizer
-    has more entries than the model, and ParityError when what was written does not compute what `model` computes.
+    `dtype` is a floating type or the name of a format (`formats.FORMATS`), such as "fp8-block". Everything is written
+    into a folder beside `out_dir`, read back and compared with `model` (`check_parity`), and only then renamed.
+    `origin` (such as run, step and data fingerprint) goes into the model card; `sample` is the text on which a
+    quantised model is compared with the one in bfloat16. Raises UserError when `out_dir` exists and `force` is off,
+    when the model is an ablation that the format cannot hold, when the tokenizer has more entries than the model, and
+    ParityError when what was written does not compute what `model` computes.
     """
     out_dir = Path(out_dir)
-    if dtype not in DTYPES:
+    chosen = find_format(dtype) if isinstance(dtype, str) else format_of(dtype)
+    if chosen is None:
         raise UserError(f"cannot store weights as {dtype}; use float32, bfloat16 or float16")
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} entries, but the model only {config.vocab_size}; "
             "they do not belong together"
         )
-    if out_dir.exists() and not force:
-        raise UserError(f"{out_dir} exists already; choose another directory or pass --force to replace it")
-    _check_replaceable(out_dir)
-    public = config_to_public(
-        config,
-        dtype=DTYPES[dtype],
-        eos_token_id=tokenizer.eos_id if tokenizer else None,
-        pad_token_id=tokenizer.pad_id if tokenizer else None,
-        load_balance_coeff=load_balance_coeff,
-    )
-    state = model.state_dict()
-    with _folder_aside(out_dir) as folder:
-        write_weights(state, config, folder, dtype, max_shard_bytes)
-        write_json(folder / "config.json", public)
-        if tokenizer is not None:
-            tokenizer.save(folder, model_max_length=config.max_positions)
-        write_json(folder / "generation_config.json", _generation_config(tokenizer))
-        report = check_parity(model, folder, dtype=dtype, tokenizer=tokenizer)
-        facts = {"weights": weights_fingerprint(folder)}
-        if tokenizer is not None:
-            facts["tokenizer"] = tokenizer.fingerprint
-        card = model_card(out_dir.name, config, public, report, {**facts, **(origin or {})})
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    check_replaceable(out_dir, force=force)
+    public = public_config(config, chosen, tokenizer, load_balance_coeff)
+    read = state_reader(model.state_dict(), config)
+    with folder_aside(out_dir) as folder:
+        write_weights(read, config, folder, chosen, max_shard_bytes)
+        write_beside(folder, public, config, tokenizer)
+        report = check_parity(model, folder, stored_as=chosen, tokenizer=tokenizer, sample=sample)
+        write_card(folder, out_dir.name, config, public, report, tokenizer, origin)
     return report
 
 
-def weights_fingerprint(directory: Path) -> str:
-    """sha256 over the names and bytes of the safetensors files, in order of name."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+def public_config(
+    config: ModelConfig, chosen: Format, tokenizer: Tokenizer | None, load_balance_coeff: float = 5e-4
+) -> dict[str, Any]:
+    """The content of config.json."""
+    return config_to_public(
+        config,
+        dtype=str(chosen.dtype).removeprefix("torch."),
+        eos_token_id=tokenizer.eos_id if tokenizer else None,
+        pad_token_id=tokenizer.pad_id if tokenizer else None,
+        load_balance_coeff=load_balance_coeff,
+        quantization=quantization_config(chosen, config),
+    )
+
+
+def write_beside(folder: Path, public: Mapping[str, Any], config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """Everything of a model directory but weights and model card."""
+    write_json(folder / "config.json", public)
+    if tokenizer is not None:
+        tokenizer.save(folder, model_max_length=config.max_positions)
+    write_json(folder / "generation_config.json", _generation_config(tokenizer))
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    config: ModelConfig,
+    public: Mapping[str, Any],
+    report: ParityReport,
+    tokenizer: Tokenizer | None,
+    origin: Mapping[str, str] | None,
+) -> None:
+    """README.md, with the fingerprints of what was written."""
+    facts = {"weights": weights_fingerprint(folder)}
+    if tokenizer is not None:
+        facts["tokenizer"] = tokenizer.fingerprint
+    card = model_card(name, config, public, report, {**facts, **(origin or {})})
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -91,43 +107,3 @@ def _generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
         return {"do_sample": False}
     return {"eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.pad_id, "do_sample": False}
-
-
-def _check_replaceable(out_dir: Path) -> None:
-    """Only a model directory, or an empty one, may give way to another: raises UserError for everything else."""
-    if not out_dir.exists():
-        return
-    if not out_dir.is_dir():
-        raise UserError(f"{out_dir} is a file; name a directory")
-    inside = list(out_dir.iterdir())
-    folders = [path for path in inside if path.is_dir()]
-    if inside and (folders or not (out_dir / "config.json").exists()):
-        raise UserError(
-            f"{out_dir} holds {(folders or inside)[0].name}, which is no part of a model; it is not replaced"
-        )
-
-
-@contextmanager
-def _folder_aside(out_dir: Path) -> Iterator[Path]:
-    """A new folder beside `out_dir` that takes its place when the block succeeds and is removed when it does not."""
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    folder = out_dir.with_name(f".{out_dir.name}.partial")
-    old = out_dir.with_name(f".{out_dir.name}.old")
-    if old.exists() and not out_dir.exists():  # killed between the two renames below
-        old.rename(out_dir)
-    for leftover in (folder, old):  # of an export that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        sync_folder(folder)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise UserError(f"the disk is full: {out_dir} was not written") from error
-        raise
-    if out_dir.exists():
-        out_dir.rename(old)
-    folder.rename(out_dir)
-    sync_folder(out_dir.parent)
-    shutil.rmtree(old, ignore_errors=True)

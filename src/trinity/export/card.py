@@ -22,7 +22,7 @@ def model_card(
         "window": f"{config.window} tokens in local layers",
         "positions": f"{config.max_positions}",
         "vocabulary": f"{config.vocab_size}",
-        "weights": str(public["dtype"]),
+        "weights": _weights(public),
     }
     facts = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     source = "\n".join(f"- {key}: `{value}`" for key, value in origin.items())
@@ -54,3 +54,10 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 """
+
+
+def _weights(public: Mapping[str, Any]) -> str:
+    quantization = public.get("quantization_config")
+    if quantization is None:
+        return str(public["dtype"])
+    return f"FP8 (e4m3) in blocks of 128 x 128, `{quantization['quant_method']}`; all else {public['dtype']}"

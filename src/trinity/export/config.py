@@ -58,8 +58,11 @@ def config_to_public(
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
     load_balance_coeff: float = 5e-4,
+    quantization: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of config.json for weights stored as `dtype` ("bfloat16", "float32", "float16").
+
+    `quantization` is the `quantization_config` of quantised weights; `dtype` is then that of all others.
 
     Raises UserError for an ablation (`qk_norm` or `attention_gate` off) that the format has no place for.
     """
@@ -88,6 +91,8 @@ def config_to_public(
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
     }
+    if quantization is not None:
+        public["quantization_config"] = quantization
     return dict(sorted(public.items()))
 
 

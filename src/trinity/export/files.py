@@ -90,11 +90,25 @@ class TensorFiles:
         scale_name = next((name + suffix for suffix in SCALES if name + suffix in self._where), None)
         if scale_name is None:
             raise UserError(f"{self.directory}: {name} is FP8 but {name}{SCALES[0]} is missing")
-        if expert is not None:
-            raise UserError(f"{self.directory}: {name} holds all experts in FP8; only the per-expert form can be read")
-        weight = self._files[self._where[name]].get_tensor(name).float()
-        scale = self._files[self._where[scale_name]].get_tensor(scale_name).float()
-        return weight * self._expand(scale, weight, scale_name)
+        scale_part = self._slice(scale_name)
+        scale_kind = scale_part.get_dtype()
+        if scale_kind not in FLOATS and scale_kind != "F8_E8M0":
+            raise UserError(f"{self.directory}: {scale_name} is stored as {scale_kind}, which is no type of a scale")
+        if expert is None:
+            weight, scale = part[:], scale_part[:]
+        else:
+            weight = part[expert]
+            scale = scale_part[expert] if len(scale_part.get_shape()) == 3 else scale_part[:]
+        value = weight.float() * self._expand(scale.float(), weight, scale_name)
+        return value if rows is None else value[rows]
+
+    def raw(self, name: str) -> torch.Tensor:
+        """A tensor as it is stored, a scale too."""
+        return self._files[self._where[name]].get_tensor(name)
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a tensor of this name, scales included."""
+        return name in self._where
 
     def _expand(self, scale: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
         """A scale per tensor, per output channel or per block, spread over the weight [out, in]."""

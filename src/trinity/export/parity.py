@@ -4,7 +4,8 @@ Key and shape checks pass a model whose gate and up projections are swapped. So 
 three ways: our reader must return every tensor bit for bit; a model built from them must give the same logits; and an
 independent forward pass over the public names (`oracle`), and `transformers` where it is installed, must give the same
 logits, the same experts and the same greedy tokens. All in float32 on the CPU, on prompts longer than the window, with
-the weights rounded to the type of the files, so that rounding is no excuse for a difference.
+the weights rounded to the format of the files, so that rounding is no excuse for a difference. Rounding itself must
+stay within what the format can hold, and what FP8 costs is measured (`quality`).
 """
 
 import dataclasses
@@ -19,8 +20,10 @@ import torch
 
 from trinity.base.errors import UserError
 from trinity.config import ModelConfig
-from trinity.export.keys import is_bias
+from trinity.export.formats import FORMATS, Format, partial_blocks
+from trinity.export.keys import pieces
 from trinity.export.oracle import oracle_forward
+from trinity.export.quality import Quality, compare_quality
 from trinity.export.reading import import_afmoe
 from trinity.model.router import Router
 from trinity.model.transformer import Transformer
@@ -49,12 +52,22 @@ class ParityReport:
     """Largest logit difference, relative to max(1, largest logit), by what was compared."""
     skipped: dict[str, str]
     """Comparisons that were not possible, and why."""
+    quality: Quality | None = None
+    """Of a quantised export, what that cost."""
 
     def lines(self) -> list[str]:
         """For people, one comparison a line."""
         made = [f"{name}: largest logit difference {error:.1e} (relative)" for name, error in self.max_error.items()]
         left = [f"{name}: not compared, {reason}" for name, reason in self.skipped.items()]
-        return [f"{self.num_tokens} tokens, float32, equal experts and greedy tokens", *made, *left]
+        cost = [self.quality.line()] if self.quality is not None else []
+        return [f"{self.num_tokens} tokens, float32, equal experts and greedy tokens", *made, *left, *cost]
+
+
+class Sample(NamedTuple):
+    """Text on which a quantised model is judged."""
+
+    what: str
+    tokens_BT: torch.Tensor
 
 
 class _Run(NamedTuple):
@@ -66,16 +79,22 @@ def check_parity(
     model: Transformer,
     directory: Path,
     *,
-    dtype: torch.dtype,
+    stored_as: Format,
     tokenizer: Tokenizer | None = None,
     with_transformers: bool = True,
+    sample: Sample | None = None,
 ) -> ParityReport:
-    """Compare the model directory with `model`, whose weights were stored as `dtype`. Raises ParityError."""
-    state = {name: _rounded(name, tensor, dtype) for name, tensor in model.state_dict().items()}
+    """Compare the model directory with `model`, whose weights were stored in a format. Raises ParityError.
+
+    `sample` is the text on which a quantised model is judged, by default the prompts of the comparison.
+    """
+    state = _rounded(model, stored_as)
     config, stored = import_afmoe(directory, torch.float32)
     _compare_tensors(state, stored, directory)
+    if stored_as.scale is not None:
+        _check_rounding(model, state, directory)
     expected = _build(model.config, state)
-    rows_BT = _prompts(model.config, tokenizer)
+    rows_BT = prompts(model.config, tokenizer)
     greedy_1T = _greedy(expected, rows_BT[:1, : min(16, rows_BT.shape[1])])
     batches = (rows_BT, greedy_1T)
     runs = [_run(expected, batch) for batch in batches]
@@ -84,7 +103,7 @@ def check_parity(
     errors: dict[str, float] = {}
     reread = _build(config, stored)
     errors["our reader"] = max(
-        _compare_logits("our reader", run, _run(reread, batch).logits_BTV, directory)
+        compare_logits("our reader", run.logits_BTV, _run(reread, batch).logits_BTV, directory)
         for run, batch in zip(runs, batches, strict=True)
     )
     del reread, stored
@@ -96,23 +115,47 @@ def check_parity(
             raise ParityError(
                 f"{directory}: {name}: MoE layer {layer} sends token {token} to other experts than the model in memory"
             )
-        errors[name] = max(errors.get(name, 0.0), _compare_logits(name, run, output.logits_BTV, directory))
+        errors[name] = max(errors.get(name, 0.0), compare_logits(name, run.logits_BTV, output.logits_BTV, directory))
     skipped: dict[str, str] = {}
-    reason = _why_not_transformers(config, with_transformers)
+    reason = _why_not_transformers(config, stored_as, with_transformers)
     if reason is None:
-        with _transformers_model(directory) as other:
+        with _transformers_model(directory, stored_as.scale is not None) as other:
             errors["transformers"] = max(
-                _compare_logits("transformers", run, _run_transformers(other, batch, run, directory), directory)
+                compare_logits(
+                    "transformers", run.logits_BTV, _run_transformers(other, batch, run, directory), directory
+                )
                 for run, batch in zip(runs, batches, strict=True)
             )
     else:
         skipped["transformers"] = reason
-    return ParityReport(sum(batch.numel() for batch in batches), errors, skipped)
+    quality = None
+    if stored_as.scale is not None:
+        sample = sample or Sample("the gate's prompts, mostly random tokens", rows_BT)
+        before = _run(_build(model.config, _rounded(model, FORMATS["bfloat16"])), sample.tokens_BT)
+        quality = compare_quality(before.logits_BTV, directory, sample.tokens_BT, sample.what)
+    return ParityReport(sum(batch.numel() for batch in batches), errors, skipped, quality)
 
 
-def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    tensor = tensor.detach().cpu()
-    return (tensor if is_bias(name) else tensor.to(dtype)).float()
+def _rounded(model: Transformer, stored_as: Format) -> dict[str, torch.Tensor]:
+    """The model's state in float32 on the CPU, as rounded by the format."""
+    given = model.state_dict()
+    state = {name: torch.empty(tensor.shape, device="cpu") for name, tensor in given.items()}
+    for piece in pieces(model.config):
+        value = piece.of(given[piece.ours].detach()).cpu()
+        piece.of(state[piece.ours]).copy_(stored_as.rounded(piece.public, value))
+    for name, tensor in given.items():
+        if name.endswith("moe.router.momentum"):
+            state[name].copy_(tensor)
+    return state
+
+
+def _check_rounding(model: Transformer, state: dict[str, torch.Tensor], directory: Path) -> None:
+    """No value may move by more than e4m3 does: 3 bits of mantissa, and below the smallest normal a fixed step."""
+    for name, tensor in model.state_dict().items():
+        exact = tensor.detach().cpu().float()
+        step = exact.abs().max() * 2.0**-9 / 448
+        if (state[name] - exact).abs().gt(exact.abs() / 15 + step).any():
+            raise ParityError(f"{directory}: {name} is further from the model's values than FP8 is coarse")
 
 
 def _compare_tensors(state: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], directory: Path) -> None:
@@ -130,7 +173,7 @@ def _build(config: ModelConfig, state: dict[str, torch.Tensor]) -> Transformer:
     return model.eval()
 
 
-def _prompts(config: ModelConfig, tokenizer: Tokenizer | None) -> torch.Tensor:
+def prompts(config: ModelConfig, tokenizer: Tokenizer | None) -> torch.Tensor:
     """Three rows, longer than the window where the model has the positions: a fixed text and two of random tokens."""
     length = min(config.window + max(16, config.window // 8), config.max_positions)
     vocab = config.vocab_size if tokenizer is None else tokenizer.vocab_size
@@ -166,9 +209,8 @@ def _run(model: Transformer, tokens_BT: torch.Tensor) -> _Run:
     return _Run(logits_BTV, torch.stack(indices) if indices else torch.zeros(0, tokens_BT.numel(), 1))
 
 
-def _compare_logits(name: str, run: _Run, logits_BTV: torch.Tensor, directory: Path) -> float:
+def compare_logits(name: str, expected_BTV: torch.Tensor, logits_BTV: torch.Tensor, directory: Path) -> float:
     """Largest difference relative to the largest logit; greedy choices must agree where the best two are not tied."""
-    expected_BTV = run.logits_BTV
     scale = max(1.0, expected_BTV.abs().max().item())
     error_BT = (logits_BTV - expected_BTV).abs().amax(-1) / scale
     error = error_BT.max().item()
@@ -185,9 +227,15 @@ def _compare_logits(name: str, run: _Run, logits_BTV: torch.Tensor, directory: P
     return error
 
 
-def _why_not_transformers(config: ModelConfig, wanted: bool) -> str | None:
+def _why_not_transformers(config: ModelConfig, stored_as: Format, wanted: bool) -> str | None:
     if not wanted:
         return "not asked for"
+    if stored_as.name == "compressed-tensors":
+        return "it does not load compressed-tensors blocks of this architecture"
+    if stored_as.scale is not None and (odd := partial_blocks(config)) is not None:
+        return f"it wants whole blocks, but {odd}"
+    if stored_as.scale is not None and importlib.util.find_spec("accelerate") is None:
+        return "it reads FP8 with the accelerate package only, which is not installed"
     if importlib.util.find_spec("transformers") is None:
         return "not installed"
     if importlib.util.find_spec("transformers.models.afmoe") is None:
@@ -196,10 +244,13 @@ def _why_not_transformers(config: ModelConfig, wanted: bool) -> str | None:
 
 
 @contextmanager
-def _transformers_model(directory: Path) -> Iterator[Any]:
+def _transformers_model(directory: Path, quantized: bool) -> Iterator[Any]:
     """The directory as transformers loads it, without its progress bars."""
     import transformers  # heavy and optional
 
+    extra = {}
+    if quantized:  # its FP8 kernels need a GPU and round activations; the weights are what is compared here
+        extra["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -208,7 +259,7 @@ def _transformers_model(directory: Path) -> Iterator[Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as about the empty matrices it makes when nothing is shared
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+                directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True, **extra
             )
         yield model.eval()
     finally:

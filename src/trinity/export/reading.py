@@ -45,7 +45,7 @@ def iterate_state(
     """Our tensors one at a time, so that the memory needed beside the model is that of one fused tensor."""
     quantization = read_json(directory / "config.json").get("quantization_config")
     with TensorFiles(directory, quantization) as files:
-        _check(files, config)
+        check_files(files, config)
         if quantization and dtype is None:
             dtype = torch.float32
         shapes = our_shapes(config)
@@ -63,11 +63,7 @@ def _assemble(
 ) -> torch.Tensor:
     whole: torch.Tensor | None = None
     for piece in parts:
-        if piece.public in files.names:
-            value = files.read(piece.public)
-        else:
-            assert piece.fused is not None
-            value = files.read(piece.fused, piece.expert, slice(piece.start, piece.start + piece.shape[0]))
+        value = read_piece(files, piece)
         if whole is None:
             kind = torch.float32 if is_bias(name) else dtype or value.dtype
             whole = torch.empty(shape, dtype=kind)
@@ -76,8 +72,16 @@ def _assemble(
     return whole
 
 
-def _check(files: TensorFiles, config: ModelConfig) -> None:
-    """Names and shapes of everything, before anything is read."""
+def read_piece(files: TensorFiles, piece: Piece) -> torch.Tensor:
+    """One public tensor, also out of a tensor that holds all experts of a layer; FP8 becomes float32."""
+    if piece.public in files.names:
+        return files.read(piece.public)
+    assert piece.fused is not None
+    return files.read(piece.fused, piece.expert, slice(piece.start, piece.start + piece.shape[0]))
+
+
+def check_files(files: TensorFiles, config: ModelConfig) -> None:
+    """Names and shapes of everything, before anything is read. Raises UserError that names the tensor."""
     held = files.names
     shapes = our_shapes(config)
     expected: set[str] = set()

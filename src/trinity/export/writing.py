@@ -1,6 +1,6 @@
-"""Our state dict -> safetensors in the public layout, in files of bounded size."""
+"""Tensors of the public layout -> safetensors files of bounded size."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,29 +11,38 @@ from trinity.base.errors import UserError
 from trinity.base.files import write_json
 from trinity.config import ModelConfig
 from trinity.export.files import INDEX, SINGLE
-from trinity.export.keys import Piece, is_bias, our_shapes, pieces
+from trinity.export.formats import Format
+from trinity.export.keys import Piece, our_shapes, pieces
+
+Read = Callable[[Piece], torch.Tensor]
+"""Gives the value of a public tensor."""
 
 
-def write_weights(
-    state: Mapping[str, torch.Tensor], config: ModelConfig, directory: Path, dtype: torch.dtype, max_shard_bytes: int
-) -> None:
-    """Write every public tensor in `dtype` (expert biases float32), one file at a time.
+def write_weights(read: Read, config: ModelConfig, directory: Path, chosen: Format, max_shard_bytes: int) -> None:
+    """Write every public tensor in the chosen format, one file at a time.
 
-    Above `max_shard_bytes` the tensors are spread over several files with an index. Raises UserError naming the tensor
-    and the shapes when the state does not have the shapes of `config`.
+    Above `max_shard_bytes` the tensors are spread over several files with an index; no more than one file is ever in
+    memory. Raises UserError when a tensor that is quantised holds NaN or infinity, and when the disk is full.
     """
-    _check(state, config)
-    shards = _plan(config, dtype, max_shard_bytes)
+    shards = _plan(config, chosen, max_shard_bytes)
     index: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {piece.public: _value(state, piece, dtype) for piece in shard}
+        tensors: dict[str, torch.Tensor] = {}
+        for piece in shard:
+            tensors |= _stored(read(piece), piece, chosen)
         _save(tensors, directory / name)
         index |= dict.fromkeys(tensors, name)
-        total += sum(_num_bytes(piece, dtype) for piece in shard)
+        total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))})
+
+
+def state_reader(state: Mapping[str, torch.Tensor], config: ModelConfig) -> Read:
+    """Reads pieces out of our state dict. Raises UserError where its shapes are not those of `config`."""
+    _check(state, config)
+    return lambda piece: piece.of(state[piece.ours].detach())
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -45,22 +54,19 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
         raise UserError(f"{path.name} could not be written beside its place: {reason}; nothing was replaced") from error
 
 
-def _value(state: Mapping[str, torch.Tensor], piece: Piece, dtype: torch.dtype) -> torch.Tensor:
-    kind = torch.float32 if is_bias(piece.public) else dtype
+def _stored(value: torch.Tensor, piece: Piece, chosen: Format) -> dict[str, torch.Tensor]:
     # A copy in every case: safetensors refuses tensors that share memory, as views of one fused matrix do.
-    return piece.of(state[piece.ours].detach()).to(device="cpu", dtype=kind, copy=True).contiguous()
+    value = value.to(device="cpu", copy=True)
+    if chosen.quantizes(piece.public) and not value.isfinite().all():
+        raise UserError(f"{piece.public} holds NaN or infinity and cannot be quantised; the model is broken")
+    return {name: tensor.contiguous() for name, tensor in chosen.stored(piece.public, value).items()}
 
 
-def _num_bytes(piece: Piece, dtype: torch.dtype) -> int:
-    kind = torch.float32 if is_bias(piece.public) else dtype
-    return torch.Size(piece.shape).numel() * kind.itemsize
-
-
-def _plan(config: ModelConfig, dtype: torch.dtype, max_shard_bytes: int) -> list[list[Piece]]:
+def _plan(config: ModelConfig, chosen: Format, max_shard_bytes: int) -> list[list[Piece]]:
     shards: list[list[Piece]] = [[]]
     size = 0
     for piece in pieces(config):
-        num_bytes = _num_bytes(piece, dtype)
+        num_bytes = chosen.num_bytes(piece.public, piece.shape)
         if shards[-1] and size + num_bytes > max_shard_bytes:
             shards.append([])
             size = 0
