@@ -27,7 +27,6 @@ from typing import Any
 
 from trainbench.shapes import SHAPES, VARIANTS
 from trainbench.table import format_results
-
 from trinity.base.files import write_json
 
 BENCH = Path(__file__).parent

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from trainbench.device import matmul_peak, timed
 from trainbench.shapes import make_config, sizes
 

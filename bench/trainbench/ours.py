@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from trainbench.device import matmul_peak, peak_gib, random_weights, speed, synchronize, timed
 from trainbench.parts import profile_parts
 from trainbench.shapes import VARIANTS, batches, make_config, sizes
-
 from trinity.config import RunConfig
 from trinity.model.transformer import Transformer
 from trinity.optim.optimizer import build_optimizer
@@ -39,9 +39,7 @@ def build_runner(config: RunConfig, device: torch.device) -> StepRunner:
     optimizer = build_optimizer(model, config.model, config.optim)
     compile_blocks(model, config.runtime)
     masters = MasterWeights(model, dtype if config.runtime.master_weights else torch.float32)
-    return StepRunner(
-        model, optimizer, language_model_loss, config, SpikeGuard(config.guard, device), masters, device
-    )
+    return StepRunner(model, optimizer, language_model_loss, config, SpikeGuard(config.guard, device), masters, device)
 
 
 def measure_variant(variant: str, options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:

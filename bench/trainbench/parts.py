@@ -10,7 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 PARTS = (
     ("attention", r"flex_attention|flash|fmha|_attention|sdpa|block_mask|create_block"),
     ("experts", r"grouped|Grouped|GroupProblem|_swiglu|silu"),
-    ("routing", r"permute|combine|router|routing|topk|TopK|[Ss]ort|[Rr]adix|gatherTopK|bitonic|searchsorted|scatter|gather"),
+    (
+        "routing",
+        r"permute|combine|router|routing|topk|TopK|[Ss]ort|[Rr]adix|gatherTopK|bitonic|searchsorted|scatter|gather",
+    ),
     ("norms", r"rms_norm|_norm_|layer_norm|RMSNorm|vectorized_layer_norm"),
     ("loss", r"cross_entropy|softmax|nll_loss"),
     ("rope and gate", r"qk_norm|rope|_gate|sigmoid"),
