@@ -37,9 +37,7 @@ def _chunk(
             tl.store(d_logits + row * V + col, grad.to(d_logits.dtype.element_ty), mask=col < V)
 
 
-def chunk_loss(
-    logits_CV: Tensor, targets_C: Tensor, z_loss: float, ignore: int, d_logits_CV: Tensor | None
-) -> Tensor:
+def chunk_loss(logits_CV: Tensor, targets_C: Tensor, z_loss: float, ignore: int, d_logits_CV: Tensor | None) -> Tensor:
     """[3, C] of each token: cross-entropy, logsumexp^2, largest logit; 0, 0, -inf where the target is `ignore`.
 
     Writes the gradient of their sum (logsumexp^2 times z_loss) into `d_logits_CV`, if given.

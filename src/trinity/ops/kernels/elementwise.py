@@ -52,7 +52,5 @@ def split_matrix(weight_ED: Tensor) -> Tensor:
     E, D = weight_ED.shape
     out = torch.empty(3, E, D, dtype=torch.bfloat16, device=weight_ED.device)
     grid = (triton.cdiv(weight_ED.numel(), BLOCK),)
-    _split[grid](
-        weight_ED.contiguous(), out, weight_ED.numel(), D, E * D, D, REPEAT=False, BLOCK=BLOCK, num_warps=8
-    )
+    _split[grid](weight_ED.contiguous(), out, weight_ED.numel(), D, E * D, D, REPEAT=False, BLOCK=BLOCK, num_warps=8)
     return out

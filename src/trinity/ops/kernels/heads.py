@@ -1,7 +1,7 @@
 """What attention does to the fused projection before and after the attention itself.
 
-`split_heads` takes [N, (2H + 2G) K], rows in the order q, k, v, gate: queries and keys are normalised and turned, values
-and gate are views. Its gradient writes all four parts of one buffer, so nothing is concatenated.
+`SplitHeads` takes [B, T, (2H + 2G) K], channels in the order q, k, v, gate: queries and keys are normalised and turned,
+values and gate are views. Its gradient writes all four parts of one buffer, so nothing is concatenated.
 """
 
 import torch

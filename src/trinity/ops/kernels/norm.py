@@ -84,9 +84,7 @@ class _Norm(torch.autograd.Function):
 
 
 @triton.jit
-def _residual_forward(
-    x, y, post, after, new, h, rstd_y, rstd_new, D, eps, BLOCK: tl.constexpr, HAS_NEXT: tl.constexpr
-):
+def _residual_forward(x, y, post, after, new, h, rstd_y, rstd_new, D, eps, BLOCK: tl.constexpr, HAS_NEXT: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < D

@@ -72,7 +72,7 @@ def _select_backward(
 
 
 class Select(torch.autograd.Function):
-    """(logits [N, E], bias [E]) -> (indices [N, k] int64 by falling biased score, weights [N, k]); see `ops/routing`."""
+    """(logits [N, E], bias [E]) -> (indices [N, k] int64, weights [N, k]): `model/router.py`, `Router.forward`."""
 
     @staticmethod
     def forward(ctx, logits_NE: Tensor, bias_E: Tensor, k: int, normalise: bool, scale: float):
@@ -174,7 +174,7 @@ def _balance_backward(
 class Balance(torch.autograd.Function):
     """(logits [N, E], indices [N, k], documents) -> (counts [E], sequence loss, logit min, logit max, entropy).
 
-    `document_N` int64 below N; `real_N` bool or None. See `ops/routing` for the formulas.
+    `document_N` int64 below N; `real_N` bool or None. The formulas stand at `routing_stats` in `model/router.py`.
     """
 
     @staticmethod
