@@ -44,7 +44,9 @@ def fuse(source: Path, out: Path) -> Path:
         tensors[f"{above}gate_up_proj"], tensors[f"{above}down_proj"] = torch.stack(both), torch.stack(down)
     out.mkdir()
     save_file(tensors, out / "model.safetensors")
-    (out / "config.json").write_text((source / "config.json").read_text())
+    for name in ("config.json", "trinity_state.json"):
+        if (source / name).exists():
+            (out / name).write_text((source / name).read_text())
     return out
 
 

@@ -34,20 +34,31 @@ class Experts(nn.Module):
 class Dispatcher(Protocol):
     """Brings tokens to their experts and the weighted outputs back; expert parallelism hands in its own."""
 
-    def __call__(self, x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, experts: Experts) -> Tensor:
-        """y[n] = sum_j weights[n, j] * expert indices[n, j] of x[n], as [N, D] in x's type."""
+    def __call__(
+        self, x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, experts: Experts, shared: nn.Module | None
+    ) -> Tensor:
+        """y[n] = sum_j weights[n, j] * expert indices[n, j] of x[n] + shared(x[n]), as [N, D] in x's type.
+
+        The shared expert is handed in so that it can be computed while tokens travel.
+        """
         ...
 
 
-def dispatch_local(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, experts: Experts) -> Tensor:
+def dispatch_local(
+    x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, experts: Experts, shared: nn.Module | None
+) -> Tensor:
     """All experts are here: sort the tokens by expert, one grouped product, undo the sort."""
     order = sort_by_expert(indices_Nk, experts.gate_up.shape[0])
-    return experts(x_ND, order.ends_E, order, weights_Nk)
+    y_ND = experts(x_ND, order.ends_E, order, weights_Nk)
+    return y_ND if shared is None else y_ND + shared(x_ND)
 
 
-def dispatch_reference(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, experts: Experts) -> Tensor:
+def dispatch_reference(
+    x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, experts: Experts, shared: nn.Module | None
+) -> Tensor:
     """The plain loop over experts."""
-    return reference_experts(x_ND, indices_Nk, weights_Nk, experts.gate_up, experts.down)
+    y_ND = reference_experts(x_ND, indices_Nk, weights_Nk, experts.gate_up, experts.down)
+    return y_ND if shared is None else y_ND + shared(x_ND)
 
 
 class MoE(nn.Module):
@@ -65,8 +76,6 @@ class MoE(nn.Module):
         """[B, T, D] -> [B, T, D], and statistics when the documents are given."""
         x_ND = x_BTD.flatten(0, 1)
         routing = self.router(x_ND)
-        y_ND = self.dispatcher(x_ND, routing.indices_Nk, routing.weights_Nk, self.experts)
-        if self.shared is not None:
-            y_ND = y_ND + self.shared(x_ND)
+        y_ND = self.dispatcher(x_ND, routing.indices_Nk, routing.weights_Nk, self.experts, self.shared)
         stats = None if documents is None else routing_stats(routing, documents)
         return y_ND.view_as(x_BTD), stats

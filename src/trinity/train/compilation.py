@@ -6,9 +6,9 @@ from trinity.config.run import RuntimeConfig
 from trinity.model.transformer import Transformer
 
 
-def compile_blocks(model: Transformer, runtime: RuntimeConfig) -> None:
-    """Compile each block where `runtime.compile` says so and the model is on a GPU; the CPU runs eagerly."""
-    if not (runtime.compile and model.embed.weight.is_cuda):
+def compile_blocks(model: Transformer, runtime: RuntimeConfig, device: torch.device) -> None:
+    """Compile each block where `runtime.compile` says so and the model runs on a GPU; the CPU runs eagerly."""
+    if not (runtime.compile and device.type == "cuda"):
         return
     # All blocks share one code object: local and global, dense and sparse, with and without gradients, each shape of an
     # evaluation. Past the limit (8 by default) a block runs uncompiled, with no more than a warning.
