@@ -233,6 +233,8 @@ class RuntimeConfig(Frozen):
     seed: NonNegativeInt = 0
     compile: bool = True
     """torch.compile the blocks on a GPU; the CPU runs eagerly."""
+    cuda_graphs: bool = True
+    """Record forward and backward pass of a micro-batch as one CUDA graph and replay it (one GPU; the CPU has none)."""
     recompute: Literal["none", "block"] = "none"
     """Activation recomputation."""
     kernels: Literal["fast", "reference"] = "fast"
