@@ -74,12 +74,12 @@ class Training:
         self.sharding: Sharding | None = None
         if layout is None:
             with device:
-                self.model = Transformer(settings.model, settings.runtime.kernels)
+                self.model = Transformer(settings.model, settings.runtime.kernels, settings.runtime.recompute)
             self.model.init_weights(0)
             exchange = None
         else:
             with torch.device("meta"):
-                self.model = Transformer(settings.model, settings.runtime.kernels)
+                self.model = Transformer(settings.model, settings.runtime.kernels, settings.runtime.recompute)
             meshes = build_meshes(ParallelConfig(**layout), dist.get_world_size(), device.type)
             self.sharding = shard_model(self.model, meshes, settings.runtime)
             self.sharding.init_weights(0)
