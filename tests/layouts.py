@@ -35,7 +35,7 @@ SETTINGS = (
     "model={vocab_size=61, num_layers=4, num_dense_layers=1, dim=24, num_heads=3, num_kv_heads=1, head_dim=8,"
     " ffn_dim=40, expert_dim=16, num_experts=4, experts_per_token=2, window=8, max_positions=64, init_scale=2.0}",
     "pretrain.seq_len=32",
-    "pretrain.micro_rows=1",
+    "pretrain.micro_rows=2",
     "pretrain.warmup_steps=2",
     'pretrain.phases=[{name="a", tokens=5120, weights={x=1.0}}]',
     "pretrain.batch=[{from_tokens=0, rows=8}]",
