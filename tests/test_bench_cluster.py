@@ -40,6 +40,7 @@ def test_every_case_has_settings_that_fit(gpus: int, toy: bool) -> None:
             case.settings()
 
 
+@pytest.mark.slow
 def test_a_layout_is_measured(tmp_path: Path) -> None:
     found = script("multi_gpu", tmp_path, "--gpus", "2", "--parts", "fsdp")
     (case,) = found["cases"].values()

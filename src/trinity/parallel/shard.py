@@ -144,7 +144,7 @@ class Sharding:
         std = config.init_scale * config.dim**-0.5
         matrices = [(name, parameter) for name, parameter in self.parameters.items() if parameter.ndim > 1]
         with ThreadPoolExecutor() as pool:  # one stream a matrix, so the order does not matter
-            list(pool.map(lambda entry: self._draw(*entry, std, seed), matrices))
+            list(pool.map(lambda entry: self._draw(entry[0], entry[1], std, seed), matrices))
         for module in self.model.modules():
             if isinstance(module, RMSNorm):
                 dist.local(module.weight).fill_(module.gain)
