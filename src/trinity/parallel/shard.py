@@ -230,7 +230,7 @@ def shard_model(model: Transformer, meshes: Meshes, settings: RuntimeConfig) -> 
     units[0]._get_fsdp_state()._lazy_init()
     parameters = dict(model.named_parameters())
     slices = {name: _slice(name, parameter, meshes) for name, parameter in parameters.items()}
-    context = split_rows(model, meshes.context_group) if sizes.context > 1 else None
+    context = split_rows(model, meshes.context_group, sizes.context_order) if sizes.context > 1 else None
     return Sharding(model, meshes, parameters, slices, units, context)
 
 

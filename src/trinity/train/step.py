@@ -3,7 +3,7 @@
 Nothing here waits for the device; `Packed.read` does, when the loop asks for the step's numbers.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,8 @@ class StepRunner:
     device: torch.device
     sharding: Sharding | None = None
     """Of a model whose weights are spread over ranks; without it ranks hold copies."""
+    before_update: Callable[[], None] = lambda: None
+    """Called when forward and backward passes are done, before parameters, optimizer state and biases change."""
 
     def __post_init__(self) -> None:
         if needs_margins(self.config.balance):
@@ -67,6 +69,7 @@ class StepRunner:
         norm = total_norm(gradients.values()) if self.sharding is None else self.sharding.total_norm(gradients)
         verdict = self.guard.judge(packed.device_value("loss"), norm)
         clip_(list(gradients.values()), norm, self.config.optim.clip_norm)
+        self.before_update()
         self.optimizer.set_lr(planned.lr_scale)
         self.optimizer.step(skip=verdict.skip)
         self.masters.refresh()
