@@ -80,7 +80,7 @@ class Training:
         else:
             with torch.device("meta"):
                 self.model = Transformer(settings.model, settings.runtime.kernels, settings.runtime.recompute)
-            meshes = build_meshes(ParallelConfig(**layout), dist.get_world_size(), device.type)
+            meshes = build_meshes(ParallelConfig.model_validate(layout), dist.get_world_size(), device.type)
             self.sharding = shard_model(self.model, meshes, settings.runtime)
             self.sharding.init_weights(0)
             exchange = MuonExchange(self.sharding, settings.model)
