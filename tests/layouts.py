@@ -120,7 +120,8 @@ class Training:
 
     def muon_step(self) -> dict[str, torch.Tensor]:
         """The weights after one optimizer step on made-up gradients, from the starting weights."""
-        for name, parameter in self.model.named_parameters():
+        parameters = {**dict(self.model.named_parameters()), **self.runner.masters.masters()}
+        for name, parameter in parameters.items():
             shape = self.sharding.slices[name].shape if self.sharding else tuple(parameter.shape)
             seed = sum(name.encode())
             whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
@@ -131,7 +132,7 @@ class Training:
             local(parameter.grad).copy_(self.sharding.slices[name].of(whole))
         self.optimizer.set_lr(1.0)
         self.optimizer.step()
-        return {name: local(p.detach()).clone() for name, p in self.model.named_parameters()}
+        return {name: local(p.detach()).clone() for name, p in parameters.items()}
 
 
 def reference(folder: Path, settings: RunConfig, device: torch.device) -> None:
