@@ -5,6 +5,7 @@ runs on every rank and compares with them.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from trinity.base.dist import local
+from trinity.base.rundir import RunDir
 from trinity.config import ParallelConfig, RunConfig, resolve
 from trinity.data.rows import Chunk, Rows, empty_rows, finish_row
 from trinity.model.transformer import Transformer
@@ -22,6 +24,7 @@ from trinity.optim.schedule import StepPlan
 from trinity.parallel.mesh import build_meshes
 from trinity.parallel.muon import MuonExchange
 from trinity.parallel.shard import Sharding, shard_model
+from trinity.train import TrainJob, train
 from trinity.train.guard import SpikeGuard
 from trinity.train.losses import language_model_loss, to_device
 from trinity.train.precision import MasterWeights
@@ -71,18 +74,19 @@ class Training:
         self.sharding: Sharding | None = None
         if layout is None:
             with device:
-                self.model = Transformer(settings.model)
+                self.model = Transformer(settings.model, settings.runtime.kernels)
             self.model.init_weights(0)
             exchange = None
         else:
             with torch.device("meta"):
-                self.model = Transformer(settings.model)
+                self.model = Transformer(settings.model, settings.runtime.kernels)
             meshes = build_meshes(ParallelConfig(**layout), dist.get_world_size(), device.type)
             self.sharding = shard_model(self.model, meshes, settings.runtime)
             self.sharding.init_weights(0)
             exchange = MuonExchange(self.sharding, settings.model)
         self.optimizer = build_optimizer(self.model, settings.model, settings.optim, exchange)
-        masters = MasterWeights(self.model, torch.float32)
+        dtype = getattr(torch, settings.runtime.dtype) if layout is None else torch.float32
+        masters = MasterWeights(self.model, dtype)
         guard = SpikeGuard(settings.guard, device)
         self.runner = StepRunner(
             self.model, self.optimizer, language_model_loss, settings, guard, masters, device, self.sharding
@@ -141,16 +145,38 @@ def reference(folder: Path, settings: RunConfig, device: torch.device) -> None:
     save_file({"losses": losses, "counts": counts, **_cpu(training.biases())}, folder / "steps.safetensors")
 
 
-def compare_layouts(rank: int, folder: str, layouts: Sequence[dict[str, int]], device_type: str, tight: bool) -> None:
+@dataclass(frozen=True)
+class Bounds:
+    """Of relative errors, but for `step`, which is absolute."""
+
+    loss: float = 2e-6
+    gradient: float = 1e-6
+    gain: float = 3e-6
+    """Gradients of norm gains: sums over all tokens of products that nearly cancel."""
+    step: float = 1e-6
+    same_counts: bool = True
+    """Every token goes to the same experts."""
+
+
+def compare_layouts(
+    rank: int,
+    folder: str,
+    layouts: Sequence[dict[str, int]],
+    settings: RunConfig,
+    device_type: str = "cpu",
+    bounds: Bounds = Bounds(),
+) -> None:
     device = torch.device("cpu") if device_type == "cpu" else torch.device("cuda", rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False
     for layout in layouts:
-        compare_layout(Path(folder), layout, device, tight=tight)
+        compare_layout(Path(folder), layout, settings, device, bounds)
 
 
-def compare_layout(folder: Path, layout: dict[str, int], device: torch.device, *, tight: bool) -> None:
-    """`tight`: float32 sums in another order are all that differs. Else the device rounds products, too."""
-    loss_bound, gradient_bound, gain_bound, step_bound = (2e-6, 1e-6, 3e-6, 1e-6) if tight else (2e-3, 2e-2, 6e-2, 1e-3)
-    settings = config()
+def compare_layout(
+    folder: Path, layout: dict[str, int], settings: RunConfig, device: torch.device, bounds: Bounds
+) -> None:
     stepped, gradients = load_file(folder / "stepped.safetensors"), load_file(folder / "gradients.safetensors")
     steps = load_file(folder / "steps.safetensors")
 
@@ -159,7 +185,7 @@ def compare_layout(folder: Path, layout: dict[str, int], device: torch.device, *
     assert sharding is not None
     for name, found in training.muon_step().items():
         error = (found.cpu() - sharding.slices[name].of(stepped[name])).abs().max() if found.numel() else 0.0
-        assert error <= step_bound, f"{layout}: {name} moved {error:.2e} elsewhere"
+        assert error <= bounds.step, f"{layout}: {name} moved {error:.2e} elsewhere"
 
     training = Training(settings, device, layout)
     sharding = training.sharding
@@ -168,19 +194,67 @@ def compare_layout(folder: Path, layout: dict[str, int], device: torch.device, *
         expected = gradients[name]
         # Of the whole gradient's size: a part of it may be nearly zero.
         error = float((found.cpu() - sharding.slices[name].of(expected)).norm() / expected.norm())
-        # Gains of norms are sums over all tokens of products that nearly cancel.
-        assert error <= (gain_bound if "norm" in name else gradient_bound), f"{layout}: {name} {error:.2e}"
+        assert error <= (bounds.gain if "norm" in name else bounds.gradient), f"{layout}: {name} {error:.2e}"
     for step in range(STEPS):
         values = training.step(step)
         found = [values["loss"], values["grad_norm"], values["sequence_loss"]]
         for have, want in zip(found, steps["losses"][step].tolist(), strict=True):
-            assert abs(have - want) <= loss_bound * max(1.0, abs(want)) * (1 + 4 * step), f"{layout}, step {step}"
-        if tight:
+            assert abs(have - want) <= bounds.loss * max(1.0, abs(want)) * (1 + 4 * step), f"{layout}, step {step}"
+        if bounds.same_counts:
             assert np.array_equal(values["counts"], steps["counts"][step].numpy()), f"{layout}, step {step}"
     for name, found in training.biases().items():
-        if tight:
+        if bounds.same_counts:
             assert torch.equal(found.cpu(), steps[name]), f"{layout}: {name}"
 
 
 def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def job(path: Path, settings: RunConfig, layout: dict[str, int] | None) -> TrainJob:
+    """A whole stage over the rows of `rows_of`."""
+    training = Training(settings, torch.device("cpu"), layout)
+    return TrainJob(
+        config=settings,
+        stage="pretrain",
+        stage_config=settings.pretrain,
+        model=training.model,
+        optimizer=training.optimizer,
+        source=_Source(training),
+        loss=language_model_loss,
+        plan=training.plan,
+        run_dir=RunDir(path),
+        fingerprints={"tokenizer": "t", "shards": "s"},
+        sharding=training.sharding,
+    )
+
+
+class _Source:
+    """Whole rows of a rank; the loop takes its part of them."""
+
+    def __init__(self, training: Training) -> None:
+        self._training, self.handed_out = training, 0
+
+    def next_batch(self, step: int) -> list[Rows]:
+        rows = rows_of(self.handed_out, self._training.settings)
+        self.handed_out += 1
+        if self._training.sharding is not None:
+            meshes = self._training.sharding.meshes
+            rows = rows[meshes.data_rank :: meshes.data_size]
+        return rows.split(self._training.settings.pretrain.micro_rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"handed_out": self.handed_out}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.handed_out = state["handed_out"]
+
+
+def losses(path: str | Path) -> list[float]:
+    return [record["loss"] for record in RunDir(Path(path)).read_metrics("step")]
+
+
+def train_all(rank: int, runs: Sequence[tuple[str, dict[str, int] | None]], settings: RunConfig) -> None:
+    """Train or resume in each directory, in the layout given with it."""
+    for path, layout in runs:
+        train(job(Path(path), settings, layout))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trinity.model.moe import Experts
-from trinity.ops.autograd import once_differentiable
+from trinity.ops.autograd import once_differentiable, uncompiled
 from trinity.ops.experts import Order, combine, permute, sort_by_expert
 
 
@@ -52,7 +52,7 @@ class ExpertParallel:
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(
         self, x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, experts: Experts, shared: nn.Module | None
     ) -> Tensor:

@@ -9,7 +9,7 @@ A step's loss is a sum over ranks of local sums over a global count, so every re
 factor is 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -153,14 +153,19 @@ class Sharding:
                 module.bias.zero_()
                 module.momentum.zero_()
 
+    def state(self) -> dict[str, Tensor]:
+        """This rank's part of every parameter, and the buffers, by the model's names; references."""
+        parts = {name: dist.local(parameter.detach()) for name, parameter in self.parameters.items()}
+        return {**parts, **dict(self.model.named_buffers())}
+
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """This rank's part of a whole state (`Transformer.state_dict` of one process)."""
+    def load(self, state: Iterable[tuple[str, Tensor]]) -> None:
+        """Take this rank's part of whole tensors, handed over one at a time by name."""
         self.reshard()
-        for name, parameter in self.parameters.items():
-            dist.local(parameter).copy_(self.slices[name].of(state[name]))
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(state[name])
+        own = self.state()
+        for name, whole in state:
+            part = self.slices.get(name)
+            own[name].copy_(whole if part is None else part.of(whole))
 
 
 def shard_model(model: Transformer, meshes: Meshes, settings: RuntimeConfig) -> Sharding:
@@ -210,6 +215,8 @@ def shard_model(model: Transformer, meshes: Meshes, settings: RuntimeConfig) -> 
     _show_tensors_to_hooks()
     if model.embed.weight.is_meta:
         model.to_empty(device="cpu" if meshes.dense.device_type == "cpu" else torch.cuda.current_device())
+    # What the first forward pass would do: parts get their final place in memory, and weights can be gathered before.
+    units[0]._get_fsdp_state()._lazy_init()
     parameters = dict(model.named_parameters())
     slices = {name: _slice(name, parameter, meshes) for name, parameter in parameters.items()}
     context = split_rows(model, meshes.context_group) if sizes.context > 1 else None

@@ -6,6 +6,7 @@ all.
 """
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ class _Loop:
             self._jump(planned)
         else:
             started = time.perf_counter()
-            rows = self.job.source.next_batch(planned.step)
+            rows = self._batch(planned)
             self.guard.enter_phase(planned.phase)
             dist.place.arrive(f"step {planned.step + 1}")
             packed = self.runner.run(planned, rows, stop=self.stop.received is not None)
@@ -143,8 +144,13 @@ class _Loop:
         self.step += 1
         return True
 
+    def _batch(self, planned: PlannedStep) -> Sequence[Any]:
+        """This rank's micro-batches, of rows that are spread over ranks its part."""
+        rows, sharding = self.job.source.next_batch(planned.step), self.job.sharding
+        return rows if sharding is None else [sharding.take(batch) for batch in rows]
+
     def _jump(self, planned: PlannedStep) -> None:
-        rows = self.job.source.next_batch(planned.step)
+        rows = self._batch(planned)
         self._event("jump", step=planned.step + 1, **documents(self.job, rows, None))
         nothing = dict.fromkeys(("loss", "ce", "z_loss", "sequence_loss", "grad_norm"))
         self.journal.metric({**step_head(self.job, planned), **nothing, "skipped": True, "jumped": True})
@@ -245,7 +251,8 @@ class _Loop:
     def _open(self) -> None:
         """Start, or resume from the newest whole checkpoint."""
         job = self.job
-        changed, path = dist.on_main(self._find_start)
+        changed = dist.on_main(lambda: resume.open_settings(job.run_dir, job.config, job.stage))
+        path = self.checkpoints.newest()
         if path is not None:
             self._restore(path)
         self.journal.forget_after(self.step)
@@ -255,16 +262,11 @@ class _Loop:
                 for evaluation in job.evaluations:
                     if evaluation.at_start:
                         evaluate(job, evaluation, 0, self.journal)
-            parameters = sum(p.numel() for p in job.model.parameters())
+            parameters = job.config.model.num_params()
             self._event("start", parameters=parameters, steps=len(job.plan), **peak)
             self._save(wait=False)
         else:
             self._event("resume", checkpoint=f"checkpoints/{path.name}", changed=changed, **peak)
-
-    def _find_start(self) -> tuple[list[str], Path | None]:
-        """The settings that changed since the run's start, and the checkpoint to resume from. On the main rank."""
-        changed = resume.open_settings(self.job.run_dir, self.job.config, self.job.stage)
-        return changed, self.checkpoints.newest()
 
     def _restore(self, path: Path) -> None:
         position = self.state.restore(path)

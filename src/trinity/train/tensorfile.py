@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -69,10 +69,11 @@ def write_bytes(path: Path, data: bytes) -> Digest:
         return file.finish()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Digest:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Digest:
     """Write CPU tensors as a new safetensors file, without a second copy in memory."""
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for name in names:
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
