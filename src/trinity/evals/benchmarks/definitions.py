@@ -90,8 +90,8 @@ def _pro_question(record: Record) -> str:
 
 def _pro_header(record: Record) -> str:
     return (
-        f"The following are multiple choice questions (with answers) about {record['category']}. Think step by step and "
-        'then finish your answer with "the answer is (X)" where X is the correct letter choice.\n\n'
+        f"The following are multiple choice questions (with answers) about {record['category']}. Think step by step "
+        'and then finish your answer with "the answer is (X)" where X is the correct letter choice.\n\n'
     )
 
 
@@ -108,6 +108,12 @@ def _is_letter(text: str, record: Record) -> bool:
 
 def _gpqa_question(record: Record) -> str:
     return f"Question: {record['question'].strip()}\nChoices:\n{letter_list(record['choices'], '({}) {}')}\nAnswer:"
+
+
+def _bbh_question(record: Record) -> str:
+    if "prompt" in record:  # three worked examples in one record, below a line for crawlers
+        return record["prompt"].split("-----", 1)[-1].strip()
+    return f"Q: {record['question']}\nA: Let's think step by step.\n"
 
 
 def _bbh_right(text: str, record: Record) -> bool:
@@ -237,12 +243,8 @@ TASKS: dict[str, Task] = {
         AnswerTask(
             name="bbh",
             source=BBH,
-            shots=Shots(1, (BBH_PROMPTS,), "task"),
-            question=lambda record: (
-                f"{record['prompt'].split('-----', 1)[-1].strip()}"
-                if "prompt" in record
-                else f"Q: {record['question']}\nA: Let's think step by step.\n"
-            ),
+            shots=Shots(1, (BBH_PROMPTS,), "task", each=3),
+            question=_bbh_question,
             answer=lambda record: "" if "prompt" in record else f"So the answer is {record['answer']}.",
             right=_bbh_right,
             until=("\n\nQ:", "\nQ:"),

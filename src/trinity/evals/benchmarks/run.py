@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trinity.base.errors import UsageError, UserError, nearest
-from trinity.base.files import append_jsonl, read_json, read_jsonl, write_json
+from trinity.base.files import append_jsonl, mend_jsonl, read_json, read_jsonl, write_json
 from trinity.evals.benchmarks.definitions import TASKS
 from trinity.evals.benchmarks.records import Record, checksum, find_file, missing_file, read_records
 from trinity.evals.benchmarks.suites import SUITES, Entry
@@ -134,6 +134,7 @@ def run(
     for one in ready:
         name = one.task.name
         path = out / f"{name}.jsonl"
+        mend_jsonl(path)
         done = read_jsonl(path)
         if done:
             on_note(f"{name}: {len(done)} of {len(one.records)} answers are there already")
@@ -179,7 +180,7 @@ def summarize(one: Ready, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "metric": one.task.metric,
         "samples": len(rows),
         "chance": sum(map(one.task.chance, one.records)) / len(one.records),
-        "shots": one.task.shots.count if one.task.shots else 0,
+        "shots": one.task.shots.count * one.task.shots.each if one.task.shots else 0,
         "files": one.files,
     }
     if one.entry.reported is not None:

@@ -45,6 +45,8 @@ class Shots:
     """The first that is there is used; the task's own file serves too, the question itself left out."""
     group: str = ""
     """Field in which examples and question must agree, such as the subject."""
+    each: int = 1
+    """Worked examples in one record."""
 
 
 @dataclass(frozen=True, kw_only=True)
