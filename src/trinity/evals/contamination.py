@@ -5,11 +5,15 @@ covered by the share of its n-grams that do. Words are lower case without punctu
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from trinity.data.corpus import read_documents
+from trinity.evals.benchmarks.records import read_records
 
 _WORD = re.compile(r"\w+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -29,6 +33,14 @@ class _Question:
     where: str = ""
 
 
+@dataclass(frozen=True)
+class _Index:
+    keys: np.ndarray
+    """Sorted."""
+    questions: dict[int, list[int]]
+    """Numbers of the questions that have the key."""
+
+
 def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
@@ -43,7 +55,7 @@ class Overlap:
         self._questions: list[_Question] = []
         self._short: dict[str, int] = {}
         self._lengths: set[int] = set()
-        self._index: dict[int, dict[int, list[int]]] | None = None
+        self._index: dict[int, _Index] = {}
 
     def add(self, test: str, id: str, text: str) -> None:
         """A question of a test. One of fewer than n words is looked for as a whole."""
@@ -55,7 +67,7 @@ class Overlap:
         length = min(self.n, len(found))
         self._lengths.add(length)
         self._questions.append(_Question(test, id, length, _keys(numbers, length)))
-        self._index = None
+        self._index.clear()
 
     def read(self, where: str, text: str) -> None:
         """A training text; `where` names it in the report."""
@@ -70,19 +82,23 @@ class Overlap:
                 # No window with a word that no test has.
                 unknown = np.concatenate([[0], np.cumsum(numbers == 0)])
                 keys = keys[unknown[length:] == unknown[:-length]]
-                for key in np.intersect1d(keys, np.fromiter(index, np.uint64, len(index))).tolist():
-                    for number in index[key]:
+                places = np.searchsorted(index.keys, keys)
+                places[places == len(index.keys)] = 0
+                for key in set(keys[index.keys[places] == keys].tolist()):
+                    for number in index.questions[key]:
                         question = self._questions[number]
                         question.seen.add(key)
                         question.where = question.where or where
 
-    def _by_length(self) -> dict[int, dict[int, list[int]]]:
+    def _by_length(self) -> dict[int, "_Index"]:
         """Question numbers by n-gram, by length of the n-gram."""
-        if self._index is None:
-            self._index = {length: {} for length in sorted(self._lengths)}
+        if not self._index and self._questions:
+            found: dict[int, dict[int, list[int]]] = {length: {} for length in sorted(self._lengths)}
             for number, question in enumerate(self._questions):
                 for key in set(question.keys.tolist()):
-                    self._index[question.length].setdefault(key, []).append(number)
+                    found[question.length].setdefault(key, []).append(number)
+            for length, questions in found.items():
+                self._index[length] = _Index(np.array(sorted(questions), np.uint64), questions)
         return self._index
 
     def report(self, most_examples: int = 5) -> dict[str, dict[str, Any]]:
@@ -123,12 +139,29 @@ def question_text(record: dict[str, Any]) -> str:
     return ""
 
 
-def training_texts(records: Iterable[tuple[str, dict[str, Any]]]) -> Iterable[tuple[str, str]]:
-    """(where, text) of records with a text, with messages, or with a question and a solution."""
-    for where, record in records:
-        parts: Sequence[Any]
-        if isinstance(record.get("messages"), list):
-            parts = [turn.get("content") for turn in record["messages"] if isinstance(turn, dict)]
-        else:
-            parts = [record.get(name) for name in ("text", "question", "prompt", "solution", "answer", "rationale")]
-        yield where, "\n".join(part for part in parts if isinstance(part, str))
+def training_texts(path: str) -> Iterator[tuple[str, str]]:
+    """(where, text) of every document, conversation or worked question of an input."""
+    file = Path(path)
+    if file.is_file() and file.name.removesuffix(".gz").endswith(".jsonl"):
+        for number, record in enumerate(read_records(file, {}), start=1):
+            if "messages" in record:
+                parts = [turn.get("content") for turn in record["messages"] if isinstance(turn, dict)]
+            else:
+                parts = [record.get(name) for name in ("text", "question", "prompt", "solution", "answer", "rationale")]
+            yield f"{file.name}, line {number}", "\n".join(part for part in parts if isinstance(part, str))
+        return
+    for document in read_documents([path]):
+        yield f"{document.source}/{document.id}", document.text
+
+
+def find_overlap(inputs: Iterable[str], tests: Iterable[Path], n: int = N) -> dict[str, dict[str, Any]]:
+    """`Overlap.report` of the questions of `tests` in the texts of `inputs`. Raises UserError for unreadable files."""
+    overlap = Overlap(n)
+    for path in tests:
+        name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+        for number, record in enumerate(read_records(path, {}), start=1):
+            overlap.add(name, str(record.get("id", record.get("task_id", number))), question_text(record))
+    for path in inputs:
+        for where, text in training_texts(path):
+            overlap.read(where, text)
+    return overlap.report()
