@@ -1,7 +1,13 @@
 """One thread per test process, so that results repeat and parallel test runs do not fight over cores."""
 
+import os
+
 import pytest
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels then run in the interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("trinity", deadline=None, derandomize=True)
 settings.load_profile("trinity")
@@ -9,6 +15,4 @@ settings.load_profile("trinity")
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    import torch
-
     torch.set_num_threads(1)
