@@ -21,8 +21,9 @@ from trinity.base.files import write_json
 from trinity.config import resolve
 from trinity.data.shards import Shards
 from trinity.stages import pretrain
-from trinity.train import loop
-from trinity.train.checkpoint import CheckpointWriter, Snapshot
+from trinity.train import loop, run_checkpoints
+from trinity.train.checkpoint import Snapshot
+from trinity.train.writer import CheckpointWriter
 
 
 class TimedWriter(CheckpointWriter):
@@ -81,7 +82,7 @@ def main() -> int:
         save(self, wait=wait)
         stalls.append({"step": self.step, "seconds": time.perf_counter() - began})
 
-    loop._Loop._save, loop.CheckpointWriter = timed, TimedWriter
+    loop._Loop._save, run_checkpoints.CheckpointWriter = timed, TimedWriter
     pretrain.run(config, options.out / "run", progress=watch)
     found = summary(watch, stalls, options.steps, options.interval)
     result = {"device": device_name(), "synchronous": options.synchronous, "every": options.every, **found}

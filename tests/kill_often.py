@@ -28,8 +28,10 @@ from train_helpers import small_config, small_job
 from trinity.base import rundir
 from trinity.base.rundir import RunDir
 from trinity.config import RunConfig
-from trinity.train import checkpoint, hardware, train
-from trinity.train.checkpoint import Snapshot, list_checkpoints, load_checkpoint, read_manifest
+from trinity.train import hardware, train, writer
+from trinity.train.checkpoint import Snapshot, checkpoint_name, list_checkpoints, load_checkpoint
+from trinity.train.manifest import FORMAT, MANIFEST, MODEL, OPTIMIZER, STATE, read_manifest
+from trinity.train.tensorfile import write_bytes, write_tensors
 
 CHANGES = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate")
 EVERY = 2
@@ -141,15 +143,15 @@ class Inspection:
 
 def save_in_place(folder: Path, snapshot: Snapshot) -> Path:
     """What a checkpoint must not be: visible before it is whole."""
-    final = folder / checkpoint.checkpoint_name(snapshot.step)
+    final = folder / checkpoint_name(snapshot.step)
     final.mkdir(parents=True, exist_ok=True)
     files = {
-        checkpoint.MODEL: checkpoint.write_tensors(final / checkpoint.MODEL, snapshot.model),
-        checkpoint.OPTIMIZER: checkpoint.write_tensors(final / checkpoint.OPTIMIZER, snapshot.optimizer),
-        checkpoint.STATE: checkpoint.write_bytes(final / checkpoint.STATE, json.dumps(snapshot.state).encode()),
+        MODEL: write_tensors(final / MODEL, snapshot.model),
+        OPTIMIZER: write_tensors(final / OPTIMIZER, snapshot.optimizer),
+        STATE: write_bytes(final / STATE, json.dumps(snapshot.state).encode()),
     }
-    manifest = {"format": checkpoint.FORMAT, "files": {name: entry._asdict() for name, entry in files.items()}}
-    checkpoint.write_bytes(final / checkpoint.MANIFEST, json.dumps(manifest).encode())
+    contents = {"format": FORMAT, "files": {name: entry._asdict() for name, entry in files.items()}}
+    write_bytes(final / MANIFEST, json.dumps(contents).encode())
     return final
 
 
@@ -200,7 +202,7 @@ def main() -> int:
     small_job(options.folder / "warm", config)  # imports what the children need
     hardware.measure_matmul = lambda device, dtype: 1e11
     if options.careless:
-        checkpoint.save_checkpoint = save_in_place
+        writer.save_checkpoint = save_in_place
     assert start(options.folder / "calm", config, 10**9, 0) == "done"
     seen = Inspection(config, options.folder / "calm")
     every_change(options.folder, config, seen, options.kills // 2)

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 
 from train_helpers import small_job
 from trinity.base.errors import UserError
-from trinity.train import checkpoint, tensorfile, train
+from trinity.train import checkpoint, manifest, tensorfile, train
 from trinity.train.checkpoint import (
-    CheckpointWriter,
     Snapshot,
     checkpoint_name,
     clean_partials,
@@ -30,6 +29,7 @@ from trinity.train.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from trinity.train.writer import CheckpointWriter
 
 
 def snapshot(step: int, **state: Any) -> Snapshot:
@@ -178,7 +178,7 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", checkpoint.FILES)
+@pytest.mark.parametrize("name", manifest.FILES)
 def test_a_flipped_bit_is_found_and_the_one_before_taken_aloud(tmp_path: Path, name: str) -> None:
     good = save_checkpoint(tmp_path, snapshot(1))
     bad = save_checkpoint(tmp_path, snapshot(2))
@@ -191,7 +191,7 @@ def test_a_flipped_bit_is_found_and_the_one_before_taken_aloud(tmp_path: Path, n
     assert name in told[0][1]
 
 
-@pytest.mark.parametrize("name", [*checkpoint.FILES, "manifest.json"])
+@pytest.mark.parametrize("name", [*manifest.FILES, "manifest.json"])
 def test_a_cut_or_missing_file_is_refused(tmp_path: Path, name: str) -> None:
     path = save_checkpoint(tmp_path, snapshot(1))
     data = (path / name).read_bytes()
@@ -217,7 +217,7 @@ def edit_manifest(path: Path, change: Any) -> None:
         lambda m: m["files"].update({"/etc/passwd": m["files"].pop("state.json")}),
         lambda m: m["files"].pop("model.safetensors"),
         lambda m: m.update(files=["model.safetensors", "optimizer.safetensors", "state.json"]),
-        lambda m: m.update(files=dict.fromkeys(checkpoint.FILES, "x")),
+        lambda m: m.update(files=dict.fromkeys(manifest.FILES, "x")),
         lambda m: m["files"]["state.json"].update(bytes="12"),
         lambda m: m.update(format=99),
     ],
@@ -241,7 +241,7 @@ class Bomb:
         return (Path.touch, (Path("exploded"),))
 
 
-@pytest.mark.parametrize("name", checkpoint.FILES)
+@pytest.mark.parametrize("name", manifest.FILES)
 def test_a_pickle_is_not_read(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = save_checkpoint(tmp_path, snapshot(1))
@@ -338,12 +338,12 @@ def test_a_manifest_with_a_key_twice_or_without_end_is_refused(tmp_path: Path) -
     (path / "manifest.json").write_text(text.replace('"format": 1,', '"format": 99, "format": 1,'))
     with pytest.raises(UserError, match=r"manifest\.json.*'format' stands there twice"):
         load_checkpoint(path)
-    (path / "manifest.json").write_text(text + " " * checkpoint.MANIFEST_BYTES)
+    (path / "manifest.json").write_text(text + " " * manifest.MANIFEST_BYTES)
     with pytest.raises(UserError, match=r"manifest\.json has \d+ bytes, more than any manifest"):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("name", [*checkpoint.FILES, "manifest.json"])
+@pytest.mark.parametrize("name", [*manifest.FILES, "manifest.json"])
 def test_a_pipe_or_folder_in_place_of_a_file_is_refused(tmp_path: Path, name: str) -> None:
     """A pipe would be read for ever."""
     path = save_checkpoint(tmp_path, snapshot(1))

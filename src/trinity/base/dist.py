@@ -3,6 +3,7 @@
 Every function works without an initialised process group, so callers need no second path for one process.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -84,3 +85,22 @@ def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
+
+
+class Place:
+    """How far this process has come, for whoever watches over the group from another thread or machine."""
+
+    def __init__(self) -> None:
+        self.name = "the start"
+        self.count = 0
+        """Places so far: ranks that work together pass the same ones in the same order."""
+        self.since = time.monotonic()
+
+    def arrive(self, name: str) -> None:
+        """The process has come to `name`, such as `step 12`; costs nothing."""
+        self.name, self.since = name, time.monotonic()
+        self.count += 1
+
+
+place = Place()
+"""Of this process. The training loop writes it, `parallel.watch` reads it."""

@@ -97,18 +97,23 @@ def _train(
     if run_dir is None:
         raise UsageError("name the directory of the run: --run-dir DIR")
     check_output(run_dir)
-    replaced = set_aside(run_dir, start_from) if force and is_main_process() else None
-    from trinity.base.console import Console
+    from trinity.parallel.rendezvous import attempt, joined
 
-    main = is_main_process()
-    with Console(quiet=not main).training(stage) as view:
-        watch = _Watch(view, run_dir, origins, replaced)
-        try:
-            result = _stage_function(stage)(config, run_dir, start_from=start_from, progress=watch)
-        except BaseException:
-            if replaced is not None:
-                replaced.restore()
-            raise
+    # A group that was started again goes on with the run that its first start began.
+    main, anew = is_main_process(), force and attempt() == 0
+    same = {**config.model_dump(mode="json"), "stage": stage, "--run-dir": run_dir, "--from": start_from}
+    with joined(config.runtime.device, timeout=config.runtime.timeout, settings=same):
+        replaced = set_aside(run_dir, start_from) if anew and main else None
+        from trinity.base.console import Console
+
+        with Console(quiet=not main).training(stage) as view:
+            watch = _Watch(view, run_dir, origins, replaced)
+            try:
+                result = _stage_function(stage)(config, run_dir, start_from=start_from, progress=watch)
+            except BaseException:
+                if replaced is not None:
+                    replaced.restore()
+                raise
     outcome = result.train
     if main and as_json:
         model = str(result.model_dir) if result.model_dir else None
@@ -129,7 +134,8 @@ def _train(
         model = f"model in {result.model_dir}" if result.model_dir else "nothing was saved"
         print(f"{run_dir}: {outcome.step:,} steps, {outcome.tokens:,} tokens; {model}")
     if not outcome.finished:
-        note(f"{outcome.reason}; the same command goes on from there")
+        if main:
+            note(f"{outcome.reason}; the same command goes on from there")
         raise typer.Exit(exit_status(outcome.reason))
 
 

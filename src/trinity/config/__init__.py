@@ -1,6 +1,7 @@
 """Settings: typed, frozen, resolved from `preset + overlay + key=value`, each value with its origin. No torch."""
 
 from trinity.config.model import ModelConfig
+from trinity.config.parallel import ParallelConfig, ParallelSizes, check_parallel, parallel_sizes
 from trinity.config.resolve import Origin, list_presets, override_eval, resolve, to_toml
 from trinity.config.run import (
     BalanceConfig,
@@ -32,6 +33,8 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Origin",
+    "ParallelConfig",
+    "ParallelSizes",
     "Phase",
     "PretrainConfig",
     "RLConfig",
@@ -40,8 +43,10 @@ __all__ = [
     "SFTConfig",
     "StageConfig",
     "TokenizerConfig",
+    "check_parallel",
     "list_presets",
     "override_eval",
+    "parallel_sizes",
     "resolve",
     "to_toml",
 ]

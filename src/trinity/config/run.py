@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from trinity.config.base import Frozen
 from trinity.config.model import ModelConfig
+from trinity.config.parallel import ParallelConfig
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -234,6 +235,8 @@ class RuntimeConfig(Frozen):
     """The plain reference of every operation, or the fastest path that the device has."""
     threads: NonNegativeInt = 0
     """CPU threads of torch; 0 leaves torch's choice."""
+    timeout: PositiveFloat = 600.0
+    """Seconds that a group of processes waits for a rank at a step, an evaluation or a checkpoint before it ends."""
 
 
 class RunConfig(Frozen):
@@ -254,6 +257,7 @@ class RunConfig(Frozen):
     rl: RLConfig
     eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

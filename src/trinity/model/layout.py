@@ -1,6 +1,8 @@
 """What all layers of one batch share: positions, masks, and which tokens make a document."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +22,23 @@ class Layout:
     local_plan: AttentionPlan
     global_plan: AttentionPlan
     documents: Documents
+    sum_parts: Callable[[Tensor], Tensor] | None = None
+    """Where rows are split over ranks: the sum over the parts of what was measured on one, without gradient."""
+
+
+class LayoutMaker(Protocol):
+    """What makes the layout of a batch: `make_layout`, or context parallelism's, where each rank has a part of each
+    row."""
+
+    def __call__(
+        self,
+        config: ModelConfig,
+        shape: tuple[int, int],
+        device: torch.device,
+        kernels: Kernels,
+        segments_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+    ) -> Layout: ...
 
 
 def make_layout(
@@ -39,7 +58,7 @@ def make_layout(
     plan = fast_plan if kernels == "fast" else dense_plan
     local_plan = plan(*shape, config.window, segments_BT, device)
     global_plan = plan(*shape, None, segments_BT, device)
-    starts_BT = _starts(shape, segments_BT, device)
+    starts_BT = document_starts(shape, segments_BT, device)
     if positions_BT is None:
         index_T = torch.arange(shape[1], device=device)
         positions_BT = index_T - torch.where(starts_BT, index_T, 0).cummax(dim=1).values
@@ -47,7 +66,7 @@ def make_layout(
     return Layout(turn, local_plan, global_plan, make_documents(shape, device, segments_BT))
 
 
-def _starts(shape: tuple[int, int], segments_BT: Tensor | None, device: torch.device) -> Tensor:
+def document_starts(shape: tuple[int, int], segments_BT: Tensor | None, device: torch.device) -> Tensor:
     """bool [B, T]: whether a document begins at the token."""
     starts_BT = torch.zeros(shape, dtype=torch.bool, device=device)
     starts_BT[:, 0] = True
@@ -58,7 +77,7 @@ def _starts(shape: tuple[int, int], segments_BT: Tensor | None, device: torch.de
 
 def make_documents(shape: tuple[int, int], device: torch.device, segments_BT: Tensor | None) -> Documents:
     """Numbers the documents of a batch of `shape` (B, T); for `segments_BT` see `make_layout`."""
-    starts_BT = _starts(shape, segments_BT, device)
+    starts_BT = document_starts(shape, segments_BT, device)
     document_N = starts_BT.flatten().cumsum(dim=0) - 1
     if segments_BT is None:
         return Documents(document_N, shape[0], None)

@@ -1,5 +1,6 @@
 """The router: sigmoid scores, a bias that only selects, and what is measured about it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,9 @@ class Documents(NamedTuple):
     """An upper bound of the numbers."""
     real_N: Tensor | None
     """bool: not padding; None when nothing is."""
+    complete: Callable[[Tensor], Tensor] | None = None
+    """Where rows are split over ranks: adds to the counts of the documents here (int64 [num_documents, E]) what other
+    ranks counted in their parts of them; without gradient."""
 
 
 class Router(nn.Module):
@@ -114,7 +118,7 @@ def routing_stats(routing: Routing, documents: Documents) -> LayerStats:
     needs no loop over documents.
     """
     indices_Nk, _, scores_NE, logits_NE, bins_NE = routing
-    document_N, num_documents, real_N = documents
+    document_N, num_documents, real_N, complete = documents
     num_experts, experts_per_token = scores_NE.shape[1], indices_Nk.shape[1]
     with torch.no_grad():
         ones_N = torch.ones_like(document_N) if real_N is None else real_N.long()
@@ -122,6 +126,9 @@ def routing_stats(routing: Routing, documents: Documents) -> LayerStats:
         cell_Nk = document_N[:, None] * num_experts + indices_Nk
         times = document_N.new_zeros(num_documents * num_experts).scatter_add_(0, cell_Nk.flatten(), ones_Nk.flatten())
         times_ME = times.view(num_documents, num_experts)
+        counts_E = times_ME.sum(dim=0)
+        if complete is not None:
+            times_ME = complete(times_ME)
         load_ME = times_ME * experts_per_token / times_ME.sum(dim=1, keepdim=True).clamp(min=1)
         real_tokens = ones_N.sum().clamp(min=1)
         load_NE = load_ME.index_select(0, document_N) * ones_N[:, None]
@@ -137,7 +144,7 @@ def routing_stats(routing: Routing, documents: Documents) -> LayerStats:
             high = logits_NE.masked_fill(~real_N[:, None], float("-inf")).max()
             entropy = (entropy_N * ones_N).sum() / real_tokens
         margins_EB = None if bins_NE is None else _histogram(bins_NE, ones_N)
-    return LayerStats(times_ME.sum(dim=0), sequence_loss, low, high, entropy, margins_EB)
+    return LayerStats(counts_E, sequence_loss, low, high, entropy, margins_EB)
 
 
 def _histogram(bins_NE: Tensor, ones_N: Tensor) -> Tensor:

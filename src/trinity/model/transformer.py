@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from trinity.config.model import ModelConfig
 from trinity.model.attention import Attention
 from trinity.model.init import fill
-from trinity.model.layout import Layout, make_layout
+from trinity.model.layout import Layout, LayoutMaker, make_layout
 from trinity.model.linear import Embedding, FeedForward, Linear
 from trinity.model.moe import MoE
 from trinity.model.norm import Kernels, RMSNorm
@@ -95,6 +95,8 @@ class Transformer(nn.Module):
         self.kernels: Kernels = kernels
         self.recompute: Recompute = recompute
         """ "block" keeps only each block's input for the backward pass and computes the rest again."""
+        self.layout_maker: LayoutMaker = make_layout
+        """Context parallelism hands in its own, as expert parallelism does with each MoE's dispatcher."""
         self.embed = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer, kernels) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps, kernels)
@@ -131,8 +133,9 @@ class Transformer(nn.Module):
     def layout(
         self, shape: tuple[int, int], segments_BT: Tensor | None = None, positions_BT: Tensor | None = None
     ) -> Layout:
-        """Masks and positions of a batch of `shape` (B, T); see `make_layout`."""
-        return make_layout(self.config, shape, self.embed.weight.device, self.kernels, segments_BT, positions_BT)
+        """Masks and positions of a batch of `shape` (B, T); see `layout.make_layout`."""
+        device = self.embed.weight.device
+        return self.layout_maker(self.config, shape, device, self.kernels, segments_BT, positions_BT)
 
     def paths(self, layout: Layout) -> dict[str, str]:
         """Which path each operation takes here, for the log of a run."""

@@ -82,10 +82,10 @@ class DocumentPlan:
     def attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
         if len(set(self.lengths)) == 1:
             shape = (-1, self.lengths[0])
-            o = _sdpa(*(x.reshape(*shape, *x.shape[2:]) for x in (q_BTHK, k_BSGK, v_BSGK)), causal=True)
+            o = sdpa(*(x.reshape(*shape, *x.shape[2:]) for x in (q_BTHK, k_BSGK, v_BSGK)), causal=True)
             return o.reshape(q_BTHK.shape)
         parts = (x.flatten(0, 1).split(self.lengths) for x in (q_BTHK, k_BSGK, v_BSGK))
-        outputs = [_sdpa(q[None], k[None], v[None], causal=True)[0] for q, k, v in zip(*parts, strict=True)]
+        outputs = [sdpa(q[None], k[None], v[None], causal=True)[0] for q, k, v in zip(*parts, strict=True)]
         return torch.cat(outputs).view(q_BTHK.shape)
 
     def describe(self) -> str:
@@ -108,7 +108,7 @@ class BlockPlan:
             q_BTHK, k_BSGK, v_BSGK = (F.pad(x, (0, 0, 0, 0, 0, tail)) for x in (q_BTHK, k_BSGK, v_BSGK))
         q_XUHK = q_BTHK.reshape(-1, self.block, *q_BTHK.shape[2:])
         k_XSGK, v_XSGK = (_KeyBlocks.apply(x, self.block, self.reach) for x in (k_BSGK, v_BSGK))
-        o_BTHK = _sdpa(q_XUHK, k_XSGK, v_XSGK, mask=self.seen_XUS).reshape(q_BTHK.shape)
+        o_BTHK = sdpa(q_XUHK, k_XSGK, v_XSGK, mask=self.seen_XUS).reshape(q_BTHK.shape)
         return o_BTHK[:, :T] if tail else o_BTHK
 
     def describe(self) -> str:
@@ -149,7 +149,7 @@ class MaskedPlan:
     seen_BTS: Tensor
 
     def attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
-        return _sdpa(q_BTHK, k_BSGK, v_BSGK, mask=self.seen_BTS[:, None])
+        return sdpa(q_BTHK, k_BSGK, v_BSGK, mask=self.seen_BTS[:, None])
 
     def describe(self) -> str:
         return "SDPA, explicit mask"
@@ -278,7 +278,7 @@ def _compiled(function):
     return torch.compile(function)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """scaled_dot_product_attention on [*, T, heads, K], widened to float32 where that is faster (`ops/matmul.py`)."""
     dtype, wide = q.dtype, widens(q)
     q, k, v = ((x.float() if wide else x).transpose(1, 2) for x in (q, k, v))

@@ -115,7 +115,7 @@ def open_device(config: RunConfig) -> torch.device:
     """The device of this process; also sets the number of CPU threads. Raises UsageError when there is no GPU to
     use."""
     if dist.world_size() == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("training on several processes is not supported yet: start one, without torchrun")
+        raise UsageError("WORLD_SIZE names several processes, which have not been joined (parallel.rendezvous.joined)")
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     kind = config.runtime.device
@@ -196,6 +196,7 @@ def run_stage(stage: Stage, job: TrainJob) -> StageResult:
     result = train(replace(job, about={**about(stage), **job.about}))
     if not (result.finished and stage.config.checkpoint.enabled):
         return StageResult(result, None)
+    dist.place.arrive("the export")
     if dist.is_main():
         dtype = torch.float32 if stage.config.runtime.dtype == "float32" else torch.bfloat16
         origin = {"run": stage.config.name, "stage": stage.name, "step": str(result.step)}

@@ -9,10 +9,8 @@ unpickled, and only the three names above are ever opened.
 
 import json
 import os
-import queue
 import re
 import shutil
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +20,9 @@ from torch import Tensor
 
 from trinity.base.errors import UserError
 from trinity.base.files import sync_folder
+from trinity.train.manifest import FORMAT, MANIFEST, MODEL, OPTIMIZER, STATE, read_json, read_manifest, size
 from trinity.train.tensorfile import Digest, digest, read_tensors, write_bytes, write_tensors
 
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-FILES = (MODEL, OPTIMIZER, STATE)
-FORMAT = 1
-MANIFEST_BYTES = 1 << 20
-"""A manifest is smaller than this by far."""
 NAME = re.compile(r"step-(\d{8,})")
 ASIDE = re.compile(r"\.step-\d{8,}\.(partial|removed)")
 
@@ -68,11 +62,11 @@ def list_checkpoints(folder: Path) -> list[CheckpointInfo]:
         if match and path.is_dir() and not path.is_symlink():
             try:
                 files = read_manifest(path)
-                complete = all(_size(path / name) == entry.bytes for name, entry in files.items())
-                size = sum(entry.bytes for entry in files.values())
+                complete = all(size(path / name) == entry.bytes for name, entry in files.items())
+                total = sum(entry.bytes for entry in files.values())
             except UserError:
-                complete, size = False, 0
-            found.append(CheckpointInfo(path, int(match[1]), size, complete))
+                complete, total = False, 0
+            found.append(CheckpointInfo(path, int(match[1]), total, complete))
     return sorted(found, key=lambda info: info.step)
 
 
@@ -97,7 +91,7 @@ def load_checkpoint(path: Path) -> Snapshot:
     that are not finite: no run could go on from them.
     """
     verify_checkpoint(path)
-    state = _read_json(path / STATE)
+    state = read_json(path / STATE)
     if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise UserError(f"{path / STATE} is not the state of a checkpoint: it has no step")
     named = NAME.fullmatch(path.name)
@@ -127,49 +121,6 @@ def latest_good(folder: Path, on_damage: Callable[[CheckpointInfo, str], None]) 
         else:
             return info.path
     return None
-
-
-def read_manifest(path: Path) -> dict[str, Digest]:
-    """Sizes and checksums by file name. Raises UserError when it is missing or names anything but the three files."""
-    manifest = path / MANIFEST
-    if manifest.is_symlink():
-        raise UserError(f"{manifest} is a link; a checkpoint holds plain files only")
-    if _size(manifest) > MANIFEST_BYTES:
-        raise UserError(f"{manifest} has {_size(manifest)} bytes, more than any manifest")
-    data = _read_json(manifest)
-    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("files"), dict):
-        raise UserError(f"{manifest} is not a manifest of format {FORMAT}")
-    files = data["files"]
-    if sorted(files) != sorted(FILES):
-        raise UserError(f"{manifest} names the files {sorted(map(str, files))}; a checkpoint has {', '.join(FILES)}")
-    for name, entry in files.items():
-        fields = entry if isinstance(entry, dict) else {}
-        if type(fields.get("bytes")) is not int or not isinstance(fields.get("sha256"), str):
-            raise UserError(f"{manifest} gives no size and checksum for {name}")
-    return {name: Digest(entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-
-
-def _read_json(path: Path) -> Any:
-    """Plain JSON of a regular file: no key twice, no NaN. Raises UserError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the key {twice[:80]!r} stands there twice")
-        return found
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is not a number of JSON")
-
-    if not path.is_file():
-        raise UserError(f"there is no file {path}" if not path.exists() else f"{path} is not a regular file")
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
@@ -246,57 +197,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(aside)
     os.rename(path, aside)  # noqa: PTH104
     shutil.rmtree(aside)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() and not path.is_symlink() else -1
-
-
-class CheckpointWriter:
-    """Saves checkpoints in a thread, at most one at a time; an error appears at the next call."""
-
-    def __init__(self, folder: Path, keep_last: int, keep_every: int) -> None:
-        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._written: queue.SimpleQueue[CheckpointInfo] = queue.SimpleQueue()
-
-    def save(self, snapshot: Snapshot, *, wait: bool) -> None:
-        """Save `snapshot`, whose tensors nobody changes any more unless `wait`; waits for the previous one first."""
-        self.wait()
-        if wait:
-            self._save(snapshot)
-            self._raise()
-            return
-        self._thread = threading.Thread(target=self._save, args=(snapshot,), name="checkpoint")
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Wait for the save under way. Raises what went wrong in it."""
-        self.join()
-        self._raise()
-
-    def join(self) -> None:
-        """Wait for the save under way, whatever comes of it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def written(self) -> list[CheckpointInfo]:
-        """The checkpoints committed since the last call; does not wait. Raises what went wrong in a save."""
-        self._raise()
-        return [self._written.get() for _ in range(self._written.qsize())]
-
-    def _save(self, snapshot: Snapshot) -> None:
-        try:
-            path = save_checkpoint(self.folder, snapshot)
-            size = sum(entry.bytes for entry in read_manifest(path).values())
-            self._written.put(CheckpointInfo(path, snapshot.step, size, True))
-            prune(self.folder, self.keep_last, self.keep_every)
-        except BaseException as error:  # carried to the main thread, which raises it
-            self._error = error
-
-    def _raise(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error

@@ -18,26 +18,17 @@ from trinity.base.errors import UserError
 from trinity.base.rundir import RunDir
 from trinity.optim.schedule import PlannedStep
 from trinity.train import resume
-from trinity.train.checkpoint import (
-    MODEL,
-    OPTIMIZER,
-    STATE,
-    CheckpointInfo,
-    CheckpointWriter,
-    Snapshot,
-    clean_partials,
-    latest_good,
-    list_checkpoints,
-    load_checkpoint,
-    verify_checkpoint,
-)
+from trinity.train.evaluating import evaluate, is_due
 from trinity.train.guard import GuardPolicy, SpikeGuard
 from trinity.train.hardware import peak_flops
 from trinity.train.interrupt import StopSignal
-from trinity.train.job import Evaluation, Record, TrainJob, TrainResult
+from trinity.train.job import TrainJob, TrainResult
+from trinity.train.journal import Journal
 from trinity.train.metrics import ExpertWatch
 from trinity.train.precision import MasterWeights
 from trinity.train.records import InFlight, documents, step_head, step_record
+from trinity.train.run_checkpoints import RunCheckpoints
+from trinity.train.state import Position, TrainingState
 from trinity.train.step import StepRunner
 
 
@@ -65,15 +56,16 @@ def _occupy(run_dir: RunDir, stack: ExitStack) -> None:
 
 class _Loop:
     def __init__(self, job: TrainJob, stop: StopSignal) -> None:
-        self.job, self.stop, self.run_dir, config = job, stop, job.run_dir, job.config
+        self.job, self.stop, config = job, stop, job.config
         self.device = next(job.model.parameters()).device
         dtype = getattr(torch, config.runtime.dtype)
         self.masters = MasterWeights(job.model, dtype if config.runtime.master_weights else torch.float32)
         self.guard = SpikeGuard(config.guard, self.device)
         self.policy = GuardPolicy(config.guard)
         self.watch = ExpertWatch()
-        settings = config.checkpoint
-        self.writer = CheckpointWriter(self.run_dir.checkpoints, settings.keep_last, settings.keep_every)
+        self.journal = Journal(job)
+        self.checkpoints = RunCheckpoints(job, self.journal)
+        self.state = TrainingState(job, self.masters, self.guard, self.policy, self.watch, self.device)
         self.runner = StepRunner(job.model, job.optimizer, job.loss, config, self.guard, self.masters, self.device)
         self.flops = config.model.flops_per_token(job.stage_config.seq_len)
         self.peak, self.peak_source = peak_flops(self.device, dtype)
@@ -82,9 +74,7 @@ class _Loop:
         self.in_flight: list[InFlight] = []
         self.step = 0
         self.finished: str | None = None
-        self.saved_step = -1
         self.checkpoint_due = False
-        self.last: Record | None = None
         self.stop_agreed: str | None = None
 
     # The run
@@ -95,8 +85,7 @@ class _Loop:
         while self.finished is None and self.step < total:
             if not (self._advance() and self._settle(self.lag)):
                 continue  # rolled back
-            for info in self.writer.written():
-                self._report_checkpoint(info)
+            self.checkpoints.report()
             signal = self.stop.received if dist.world_size() == 1 else self.stop_agreed
             if self._border_due(signal) and self._settle(0):
                 self._border(signal)
@@ -104,24 +93,25 @@ class _Loop:
                     return self._leave(signal)
         if self.finished is None:
             self.finished = "the plan is done"
-        self._wait_for_writer()
+        self.checkpoints.wait()
         self._event("finish", reason=self.finished, skips=self.policy.skips, rollbacks=self.policy.rollbacks)
         return self._result(self.finished)
 
     def close(self) -> None:
         """Give the model its float32 parameters back, and let a save under way end; called however the run ends."""
-        self.writer.join()
+        self.checkpoints.join()
         self.masters.restore()
 
     def _leave(self, signal: str) -> TrainResult:
-        self._wait_for_writer()
-        kept = f"checkpoint of step {self.saved_step} is saved" if self.saved_step >= 0 else "nothing is saved"
+        self.checkpoints.wait()
+        saved = self.checkpoints.saved_step
+        kept = f"checkpoint of step {saved} is saved" if saved >= 0 else "nothing is saved"
         reason = f"stopped by {signal} after step {self.step}; {kept}"
-        self._event("stop", reason=reason, checkpoint=self.saved_step)
+        self._event("stop", reason=reason, checkpoint=saved)
         return self._result(reason)
 
     def _result(self, reason: str) -> TrainResult:
-        return TrainResult(self.step, self._tokens(), self.finished is not None, reason, self.last)
+        return TrainResult(self.step, self._tokens(), self.finished is not None, reason, self.journal.last_step)
 
     def _tokens(self) -> int:
         """Tokens of the plan up to the present step."""
@@ -143,6 +133,7 @@ class _Loop:
             started = time.perf_counter()
             rows = self.job.source.next_batch(planned.step)
             self.guard.enter_phase(planned.phase)
+            dist.place.arrive(f"step {planned.step + 1}")
             packed = self.runner.run(planned, rows, stop=self.stop.received is not None)
             self.in_flight.append(InFlight(planned, rows, packed, started))
         self.step += 1
@@ -152,7 +143,7 @@ class _Loop:
         rows = self.job.source.next_batch(planned.step)
         self._event("jump", step=planned.step + 1, **documents(self.job, rows, None))
         nothing = dict.fromkeys(("loss", "ce", "z_loss", "sequence_loss", "grad_norm"))
-        self._metric({**step_head(self.job, planned), **nothing, "skipped": True, "jumped": True})
+        self.journal.metric({**step_head(self.job, planned), **nothing, "skipped": True, "jumped": True})
 
     def _settle(self, most: int) -> bool:
         """Read steps in flight until `most` are left; False when that led to a rollback."""
@@ -174,7 +165,7 @@ class _Loop:
         died = [] if bad else self.watch.update(counts_LE)
         dead_L, spikes = self.watch.dead_L(), self.policy.skips + int(bad)
         utilisation = self.flops / (self.peak * dist.world_size())
-        self._metric(step_record(self.job, flight, values, seconds, utilisation, dead_L, spikes))
+        self.journal.metric(step_record(self.job, flight, values, seconds, utilisation, dead_L, spikes))
         for layer, experts in died:
             real = layer + self.job.config.model.num_dense_layers
             self._event("dead_expert", step=step, layer=real, experts=experts)
@@ -203,50 +194,30 @@ class _Loop:
 
     def _roll_back(self, step: int) -> None:
         self.in_flight.clear()
-        self._wait_for_writer()
-        whole = dist.on_main(self._whole_checkpoints)
+        self.checkpoints.wait()
+        whole = self.checkpoints.whole(self.step)
         if not whole:
-            raise UserError(f"step {step} asks for a rollback, but {self.run_dir.checkpoints} has no whole checkpoint")
+            raise UserError(f"step {step} asks for a rollback, but {self.checkpoints.folder} has no whole checkpoint")
         target = self.policy.plan_rollback(list(whole), step)
         jumps = sorted(s for s in self.policy.jumps if s > target)
         counters = self.policy.state_dict()
         self._restore(whole[target])
         self.policy.load_state_dict(counters)
-        self._forget_records()
+        self.journal.forget_after(self.step)
         self._event("rollback", step=step, to_step=target, jump_steps=jumps)
-
-    def _whole_checkpoints(self) -> dict[int, Path]:
-        """Folders of the checkpoints that verify, by step, oldest first; the others are reported."""
-        whole = {}
-        for info in list_checkpoints(self.run_dir.checkpoints):
-            try:
-                verify_checkpoint(info.path)
-            except UserError as error:
-                self._event("damaged_checkpoint", checkpoint=info.step, reason=str(error))
-            else:
-                whole[info.step] = info.path
-        return whole
 
     # Borders between steps
 
     def _border_due(self, signal: str | None) -> bool:
         jumped = self.step in self.policy.jumps  # what a jump leaves behind may be older than a checkpoint of that step
         self.checkpoint_due |= self.step % self.job.config.checkpoint.every_steps == 0 and not jumped
-        due = any(self._is_due(e) for e in self.job.evaluations)
+        due = any(is_due(e, self.job.plan, self.step) for e in self.job.evaluations)
         return signal is not None or self.checkpoint_due or due or self.step == len(self.job.plan)
-
-    def _is_due(self, evaluation: Evaluation) -> bool:
-        plan, step = self.job.plan, self.step
-        if step == len(plan):
-            return evaluation.at_end
-        if evaluation.at_phase_end and plan[step].phase != plan[step - 1].phase:
-            return True
-        return evaluation.every > 0 and step % evaluation.every == 0
 
     def _border(self, signal: str | None) -> None:
         for evaluation in self.job.evaluations:
-            if self._is_due(evaluation):
-                outcome = self._evaluate(evaluation.run)
+            if is_due(evaluation, self.job.plan, self.step):
+                outcome = evaluate(self.job, evaluation, self.step, self.journal)
                 if outcome.stop is not None:
                     self.finished = outcome.stop
         ends = self.finished is not None or self.step == len(self.job.plan)
@@ -257,53 +228,15 @@ class _Loop:
             self._save(wait=ends or signal is not None or not self.job.config.checkpoint.asynchronous)
             self.checkpoint_due = False
 
-    def _evaluate(self, run: Any) -> Any:
-        model, training = self.job.model, self.job.model.training
-        devices = [self.device] if self.device.type == "cuda" else []
-        model.eval()
-        with torch.random.fork_rng(devices), torch.no_grad():
-            outcome = run(model, self.step)
-        model.train(training)
-        for record in outcome.metrics:
-            self._metric({"stage": self.job.stage, "step": self.step, **record})
-        for sample in outcome.samples:
-            if dist.is_main():
-                self.run_dir.append_sample({"stage": self.job.stage, "step": self.step, **sample})
-        return outcome
-
     # Saving and restoring
 
     def _save(self, *, wait: bool) -> None:
         if not self.job.config.checkpoint.enabled:
             return
-        state = {
-            "step": self.step,
-            "tokens": self._tokens(),
-            "stage": self.job.stage,
-            "finished": self.finished,
-            "source": self.job.source.state_dict(),
-            "random": resume.random_state(self.device),
-            "guard": {"history": self.guard.state_dict(), **self.policy.state_dict()},
-            "idle_experts": self.watch.state_dict(),
-            "fingerprints": dict(self.job.fingerprints),
-            "config": self.job.config.model_dump(mode="json"),
-            "torch": torch.__version__,
-        }
-        model = resume.to_host(resume.model_state(self.job.model, self.masters), copy=not wait)
-        optimizer = resume.to_host(self.job.optimizer.state_dict(), copy=not wait)
-        if dist.is_main():
-            self.run_dir.flush()
-            self.writer.save(Snapshot(self.step, model, optimizer, resume.frozen_json(state)), wait=wait)
-        self.saved_step = self.step
+        dist.place.arrive(f"the checkpoint after step {self.step}")
+        snapshot = self.state.capture(Position(self.step, self.finished), self._tokens(), copy=not wait)
+        self.checkpoints.save(snapshot, wait=wait)
         self.policy.checkpoint_written(self.step)
-
-    def _wait_for_writer(self) -> None:
-        dist.on_main(self.writer.wait)
-        for info in self.writer.written():
-            self._report_checkpoint(info)
-
-    def _report_checkpoint(self, info: CheckpointInfo) -> None:
-        self._event("checkpoint", step=info.step, path=f"checkpoints/{info.path.name}", bytes=info.bytes)
 
     def _open(self) -> None:
         """Start, or resume from the newest whole checkpoint."""
@@ -311,13 +244,13 @@ class _Loop:
         changed, path = dist.on_main(self._find_start)
         if path is not None:
             self._restore(path)
-        self._forget_records()
+        self.journal.forget_after(self.step)
         peak = {"peak_flops": self.peak, "peak_source": self.peak_source, **job.about}
         if path is None:
-            if not dist.on_main(lambda: self.run_dir.read_events("start")):
+            if not dist.on_main(lambda: job.run_dir.read_events("start")):
                 for evaluation in job.evaluations:
                     if evaluation.at_start:
-                        self._evaluate(evaluation.run)
+                        evaluate(job, evaluation, 0, self.journal)
             parameters = sum(p.numel() for p in job.model.parameters())
             self._event("start", parameters=parameters, steps=len(job.plan), **peak)
             self._save(wait=False)
@@ -326,66 +259,13 @@ class _Loop:
 
     def _find_start(self) -> tuple[list[str], Path | None]:
         """The settings that changed since the run's start, and the checkpoint to resume from. On the main rank."""
-        folder = self.run_dir.checkpoints
-        changed = resume.open_settings(self.run_dir, self.job.config, self.job.stage)
-        clean_partials(folder)
-        damaged: list[str] = []
-
-        def report(info: CheckpointInfo, reason: str) -> None:
-            damaged.append(reason)
-            self._event("damaged_checkpoint", checkpoint=info.step, reason=reason)
-
-        path = latest_good(folder, report)
-        if path is None and damaged:
-            raise UserError(f"no checkpoint in {folder} is whole; the newest: {damaged[0]}")
-        return changed, path
+        changed = resume.open_settings(self.job.run_dir, self.job.config, self.job.stage)
+        return changed, self.checkpoints.newest()
 
     def _restore(self, path: Path) -> None:
-        snapshot = load_checkpoint(path)
-        with resume.refuse_malformed(path / STATE):
-            self._take_over(path, snapshot)
-
-    def _take_over(self, path: Path, snapshot: Snapshot) -> None:
-        state, job = snapshot.state, self.job
-        if state["stage"] != job.stage:
-            raise UserError(f"{path} is a checkpoint of stage {state['stage']!r}, not {job.stage!r}")
-        if not 0 <= state["step"] <= len(job.plan):
-            raise UserError(f"{path} is of step {state['step']}, but this run has {len(job.plan)} steps")
-        for name, value in job.fingerprints.items():
-            if state["fingerprints"].get(name) != value:
-                raise UserError(f"{path} was trained with another {name} than this run has (their fingerprints differ)")
-        model = resume.model_state(job.model, self.masters)
-        resume.check_state(model, snapshot.model, str(path / MODEL))
-        resume.check_state(job.optimizer.state_dict(), snapshot.optimizer, str(path / OPTIMIZER))
-        resume.copy_state(model, snapshot.model)
-        self.masters.refresh()
-        job.optimizer.load_state_dict(dict(snapshot.optimizer))
-        job.source.load_state_dict(state["source"])
-        resume.restore_random(state["random"], self.device)
-        self.guard.load_state_dict(state["guard"]["history"])
-        self.policy.load_state_dict(state["guard"])
-        self.watch.load_state_dict(state["idle_experts"])
-        self.step, self.saved_step, self.finished = state["step"], state["step"], state["finished"]
-        self.checkpoint_due = False
-
-    def _forget_records(self) -> None:
-        if dist.is_main():
-            self.run_dir.forget_after(self.step)
-
-    # Telling
-
-    def _metric(self, record: Record) -> None:
-        if dist.is_main():
-            self.run_dir.append_metric(record)
-            if record.get("kind") == "step":
-                self.job.progress.on_step(record)
-            else:
-                self.job.progress.on_metric(record)
-        if record.get("kind") == "step":
-            self.last = record
+        position = self.state.restore(path)
+        self.step, self.finished, self.checkpoint_due = position.step, position.finished, False
+        self.checkpoints.saved_step = position.step
 
     def _event(self, event: str, **fields: Any) -> None:
-        if dist.is_main():
-            record = {"stage": self.job.stage, "step": self.step, "event": event, **fields}
-            self.run_dir.append_event(record)
-            self.job.progress.on_event(record)
+        self.journal.event(event, **{"step": self.step, **fields})

@@ -70,7 +70,8 @@ def language_model_loss(model: nn.Module, batch: Batch, share: Share, settings: 
     coefficients: they add up to the loss.
     """
     assert isinstance(model, Transformer), f"the model is a {type(model).__name__}"
-    features = model.features(batch.tokens_BT, batch.segments_BT, batch.positions_BT)
+    layout = model.layout((len(batch.tokens_BT), batch.tokens_BT.shape[1]), batch.segments_BT, batch.positions_BT)
+    features = model.features(batch.tokens_BT, layout=layout)
     entropy = fused_cross_entropy(
         features.x_BTD.flatten(0, 1),
         model.head.weight,
@@ -82,6 +83,9 @@ def language_model_loss(model: nn.Module, batch: Batch, share: Share, settings: 
     part = (batch.segments_BT >= 0).sum() / share.tokens
     sequence_loss = settings.sequence_loss * part * routing.sequence_loss
     targets = entropy.num_tokens / share.targets
+    rows_2 = torch.stack([entropy.ce_sum, entropy.num_tokens.float()])
+    if layout.sum_parts is not None:
+        rows_2 = layout.sum_parts(rows_2)
     return LossOutput(
         loss=entropy.loss_sum / share.targets + sequence_loss,
         terms={
@@ -91,7 +95,7 @@ def language_model_loss(model: nn.Module, batch: Batch, share: Share, settings: 
             "logit_mean": entropy.logit_mean * targets,
             "router_entropy": routing.entropy_L * part,
         },
-        mean=entropy.ce_sum / entropy.num_tokens.clamp(min=1),
+        mean=rows_2[0] / rows_2[1].clamp(min=1),
         counts_LE=routing.counts_LE,
         extremes={
             "logit_max": entropy.logit_max,
