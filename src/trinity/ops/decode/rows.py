@@ -31,7 +31,7 @@ def reference_mix(out_RD: Tensor, rows_Nk: Tensor, weights_Nk: Tensor) -> Tensor
 def add_norm_kernel(
     x, y, rows, weights, shared, post, pre, x_out, h_out, eps,
     D: tl.constexpr, BD: tl.constexpr, K: tl.constexpr,
-    HAS_Y: tl.constexpr, MIX: tl.constexpr, SHARED: tl.constexpr,
+    HAS_Y: tl.constexpr, MIX: tl.constexpr, SHARED: tl.constexpr, SHARED_STRIDE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
@@ -45,7 +45,7 @@ def add_norm_kernel(
                 factor = tl.load(weights + row * K + j)
                 yv += factor * tl.load(y + place * D + d, mask=inside, other=0.0).to(tl.float32)
             if SHARED:
-                yv += tl.load(shared + row * D + d, mask=inside, other=0.0).to(tl.float32)
+                yv += tl.load(shared + row * SHARED_STRIDE + d, mask=inside, other=0.0).to(tl.float32)
         else:
             yv = tl.load(y + row * D + d, mask=inside, other=0.0).to(tl.float32)
         factor = tl.rsqrt(tl.sum(yv * yv, 0) / D + eps)
@@ -81,7 +81,8 @@ def add_norm(
         x_ND, x_ND if y is None else y, rows_Nk if mix else x_ND, weights_Nk if mix else x_ND,
         x_ND if shared_ND is None else shared_ND, pre_D if post_D is None else post_D, pre_D, x_out_ND, h_out_ND, eps,
         D=D, BD=BD, K=rows_Nk.shape[1] if rows_Nk is not None else 1,
-        HAS_Y=y is not None, MIX=mix, SHARED=shared_ND is not None, num_warps=4 if BD <= 1024 else 8,
+        HAS_Y=y is not None, MIX=mix, SHARED=shared_ND is not None,
+        SHARED_STRIDE=D if shared_ND is None else shared_ND.stride(0), num_warps=4 if BD <= 1024 else 8,
     )  # fmt: skip
 
 
