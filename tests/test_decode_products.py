@@ -138,7 +138,12 @@ def test_decode_attention(window: int | None, H: int, G: int, K: int, ranges: in
     expected, new_k, new_v = reference_decode_attention(qkvg, q_norm, k_norm, turn, (H, G), EPS, old_k, old_v)
     before = k_cache.clone()
     out = torch.empty(B, H * K, device=DEVICE)
-    parts = tuple(torch.full(shape, float("nan"), device=DEVICE) for shape in ((B, H, ranges), (B, H, ranges), (B, H, ranges, K)))
+    nan = float("nan")
+    parts = (
+        torch.full((B, H, ranges), nan, device=DEVICE),
+        torch.full((B, H, ranges), nan, device=DEVICE),
+        torch.full((B, H, ranges, K), nan, device=DEVICE),
+    )
     decode_attention(
         qkvg, q_norm, k_norm, turn, (H, G), EPS, positions, slots, table, k_cache, v_cache, out, parts,
         window=window, ring=ring,

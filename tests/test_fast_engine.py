@@ -68,7 +68,9 @@ def test_chunks_of_any_shape_equal_the_reference_forward(model: Transformer) -> 
             ]
             step = Step(cache, given, TINY.window, DEVICE, masks=not fast)
             with torch.no_grad():
-                outputs.append((kernels.prefill if fast else lambda s, **k: forward(model, s, **k))(step, return_experts=True))
+                outputs.append(
+                    (kernels.prefill if fast else lambda s, **k: forward(model, s, **k))(step, return_experts=True)
+                )
             step.commit()
         assert (outputs[0][0] - outputs[1][0]).abs().max() <= 1e-5
         assert torch.equal(outputs[0][1].sort(-1).values, outputs[1][1].sort(-1).values)
@@ -90,7 +92,8 @@ def test_greedy_answers_equal_the_reference_path(model: Transformer, count: int)
     compare(found, expected)
     assert engine.cache.used_bytes == engine.num_running == 0
     for one, other in zip(found, expected, strict=True):
-        assert one.experts is not None and other.experts is not None
+        assert one.experts is not None
+        assert other.experts is not None
         assert one.experts.shape == other.experts.shape
         assert (one.experts == other.experts).all()
     assert "Triton" in engine.describe()
@@ -119,8 +122,8 @@ def test_a_step_is_under_way_when_tokens_are_read(model: Transformer) -> None:
         engine.step()
         assert len(request.completion.tokens) == told
         assert engine._ahead is not None
-        assert engine._ahead.num_launched == int(told < 6 - 0)
-        assert engine.cache.lengths[0] == 4 + told
+        assert engine._ahead.num_launched == int(told < 5)
+        assert engine.cache.lengths[0] == 4 + told - int(told == 5)
     engine.cancel(request)
     second = engine.submit(tokens(3), GREEDY)
     while not second.done:
@@ -141,7 +144,8 @@ def test_the_cache_may_move_and_the_weights_may_change_between_steps(model: Tran
     with torch.no_grad():
         other.head.weight.mul_(-1)
     compare(engine.generate([tokens(4)], GREEDY), reference.generate([tokens(4)], GREEDY))
-    other.layers[1].attn.o.weight = torch.nn.Parameter(other.layers[1].attn.o.weight * -2)
+    attention = other.blocks[1].attn
+    attention.o.weight = torch.nn.Parameter(attention.o.weight * -2)
     compare(engine.generate([tokens(4)], GREEDY), reference.generate([tokens(4)], GREEDY))
 
 
@@ -153,8 +157,10 @@ def test_a_cache_in_fp8_is_half_as_large_and_close(model: Transformer, path: str
     (found,) = engine.generate([prompt], GREEDY)
     pool = engine.cache.pools["local"]
     assert pool.keys[0].dtype == FP8
-    assert found.logprobs[0] == pytest.approx(exact.logprobs[0], abs=0.3)
-    assert found.logprobs[0] != exact.logprobs[0]
+    # The first token comes from the prompt's own chunk, whose keys are exact on this path.
+    assert found.logprobs[0] == pytest.approx(exact.logprobs[0], abs=1e-5)
+    assert found.logprobs[1] == pytest.approx(exact.logprobs[1], abs=0.5)
+    assert found.logprobs[1] != exact.logprobs[1]
 
 
 def test_what_the_kernels_do_not_serve_is_refused(model: Transformer) -> None:

@@ -18,7 +18,7 @@ from trinity.model.transformer import Transformer
 from trinity.ops.decode import FEW
 from trinity.ops.decode.attention import decode_attention
 from trinity.ops.decode.experts import few_experts, many_experts
-from trinity.ops.decode.products import WIDEST, best, gemv, norm_project, project
+from trinity.ops.decode.products import best, gemv, norm_project, project
 from trinity.ops.decode.prompts import prompt_attention
 from trinity.ops.decode.rows import add_norm, choose, gate_rows, heads_to_cache, swiglu_rows
 from trinity.ops.experts import grouped_experts, permute, sort_by_expert
@@ -55,7 +55,8 @@ class Buffers:
         outputs = config.experts_per_token + int(config.num_shared_experts > 0)
         width = config.expert_dim * max(1, config.num_shared_experts)
         self.scores = wide(config.num_experts)
-        self.indices = torch.zeros(config.num_moe_layers, batch, config.experts_per_token, dtype=torch.int32).to(device)
+        shape = (config.num_moe_layers, batch, config.experts_per_token)
+        self.indices = torch.zeros(shape, dtype=torch.int32, device=device)
         """Chosen experts of each MoE layer."""
         self.factors = wide(config.experts_per_token)
         self.act = wide(outputs, width).to(torch.float32 if few else dtype)
@@ -113,7 +114,8 @@ class Kernels:
 
     def ranges(self, batch: int) -> tuple[int, int]:
         """Ranges that the keys of (local, global) layers are split into: enough programs to fill a GPU."""
-        share = max(1, 256 // (batch * self.config.num_kv_heads))
+        programs = 256 if self.device.type == "cuda" else 4
+        share = max(1, programs // (batch * self.config.num_kv_heads))
         return min(16, share), min(64, share)
 
     # One token of each request.
@@ -157,7 +159,9 @@ class Kernels:
             norm_project(other, b.o_out, w.attn_post, w.ffn_norm, up.weight, eps, b.ffn_few, x, b.h, scale=up.scale)
             gemv(b.ffn_few, down.weight, b.y, scale=down.scale, swiglu=True)
         else:
-            assert w.router is not None and w.bias is not None and w.gathered is not None
+            assert w.router is not None
+            assert w.bias is not None
+            assert w.gathered is not None
             norm_project(other, b.o_out, w.attn_post, w.ffn_norm, w.router, eps, b.scores, x, b.h)
             few_experts(
                 b.scores, w.bias, self.config.route_norm, self.config.route_scale, b.h, w.gathered, b.act,
@@ -178,7 +182,9 @@ class Kernels:
             project(b.h, up.weight, b.ffn_many, scale=up.scale)
             project(swiglu_rows(b.ffn_many), down.weight, b.y, scale=down.scale)
             return _Stream(b.x, b.y, w.ffn_post)
-        assert w.router is not None and w.bias is not None and w.gathered is not None
+        assert w.router is not None
+        assert w.bias is not None
+        assert w.gathered is not None
         project(b.h, w.router, b.scores)
         indices, config = b.indices[moe], self.config
         choose(b.scores, w.bias, config.route_norm, config.route_scale, indices, b.factors, b.slots)
@@ -265,7 +271,9 @@ class Kernels:
         return o if step.flat_N is None or q.shape[0] == 1 else o[step.flat_N]
 
     def _experts(self, x: Tensor, h: Tensor, w: LayerWeights) -> tuple[_Stream, Tensor]:
-        assert w.router is not None and w.bias is not None and w.experts is not None
+        assert w.router is not None
+        assert w.bias is not None
+        assert w.experts is not None
         config = self.config
         if h.dtype == torch.bfloat16 and self.device.type == "cuda":
             scores = torch.mm(h, w.router.t(), out_dtype=torch.float32)  # the products are exact, the sums float32

@@ -44,7 +44,8 @@ class Lookahead:
 
     def start(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
         """Take over the rows in `slots`, whose next inputs are `tokens`. Nothing may be launched."""
-        assert not self._results and len(slots) == len(tokens) > 0
+        assert not self._results
+        assert len(slots) == len(tokens) > 0
         self._slots = list(slots)
         if self.kernels.refresh():
             self._graphs.clear()

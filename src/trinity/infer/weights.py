@@ -60,7 +60,8 @@ def layer_weights(block: Block, *, fp8: bool) -> LayerWeights:
         return matrix(module.gate_up.weight), matrix(module.down.weight)
 
     attn, moe = block.attn, block.moe
-    assert isinstance(attn.q_norm.weight, Tensor) and isinstance(attn.k_norm.weight, Tensor)
+    assert isinstance(attn.q_norm.weight, Tensor)
+    assert isinstance(attn.k_norm.weight, Tensor)
     experts, shared, gathered = None, None, None
     if moe is not None:
         experts = (matrix(moe.experts.gate_up), matrix(moe.experts.down))

@@ -1,4 +1,4 @@
-"""Triton kernels for generation, each beside its plain reference: one token of each of a few requests, or rows of prompts.
+"""Triton kernels for generation, each beside its plain reference: one token of a few requests, or rows of prompts.
 
 At small batches a step is bound by the bytes of the weights and by the number of launches, so each kernel reads its
 weights once and does everything on the way that does not need the whole row of another kernel. Two regimes:

@@ -7,6 +7,9 @@ lengths are read on the device, so that a captured CUDA graph serves any.
 
 Suffixes as in `trinity.model`; S = ranges (a constant of the launch), of which a request uses as many as its keys need.
 """
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# (the checker takes Triton's language for Python)
 
 import torch
 import triton

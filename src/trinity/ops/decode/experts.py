@@ -6,6 +6,9 @@ zero, on tensor cores; an expert that nobody chose is not read. The shared exper
 
 P = N * (k + shared) outputs of experts, row n * (k + shared) + j for the j-th expert of token n.
 """
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# (the checker takes Triton's language for Python)
 
 import torch
 import triton
@@ -119,7 +122,9 @@ def few_down_kernel(
         factor = tl.load(weights + row * K + slot)
         base = down + expert.to(tl.int64) * D * F
         base_scale = down_scale + (expert * ((D + 127) // 128) + block) * SC
-        total += factor * down_rows(d, base, base_scale, act + (row * (K + SHARED) + slot) * FMAX, D, BD, F, BF, HAS_SCALE)
+        total += factor * down_rows(
+            d, base, base_scale, act + (row * (K + SHARED) + slot) * FMAX, D, BD, F, BF, HAS_SCALE
+        )
     if SHARED:
         base_scale = shared_scale + block * SCS
         total += down_rows(d, shared, base_scale, act + (row * (K + SHARED) + K) * FMAX, D, BD, FS, BF, HAS_SCALE)
@@ -199,7 +204,7 @@ def many_up_kernel(
     base = gate_up + expert.to(tl.int64) * 2 * F * D
     base_scale = gate_up_scale + expert * (2 * F // 128) * SCALE_COLUMNS
     width = F
-    if SHARED:
+    if SHARED:  # noqa: SIM102 (a constant of the compilation, then a number on the device)
         if expert == E:
             base = shared
             base_scale = shared_scale
@@ -213,9 +218,7 @@ def many_up_kernel(
         for start in range(0, D, BD):
             d = start + tl.arange(0, BD)
             inside = d < D
-            v = tl.load(
-                h + m[:, None].to(tl.int64) * D + d[None, :], mask=chosen[:, None] & inside[None, :], other=0.0
-            )
+            v = tl.load(h + m[:, None].to(tl.int64) * D + d[None, :], mask=chosen[:, None] & inside[None, :], other=0.0)
             rows = (f < width)[:, None] & inside[None, :]
             gate = tl.load(base + f[:, None] * D + d[None, :], mask=rows, other=0.0).to(v.dtype)
             up = tl.load(base + (width + f)[:, None] * D + d[None, :], mask=rows, other=0.0).to(v.dtype)
@@ -250,7 +253,7 @@ def many_down_kernel(
     base = down + expert.to(tl.int64) * D * F
     base_scale = down_scale + expert * ((D + 127) // 128) * SC + tile * BD // 128 * SC
     width = F
-    if SHARED:
+    if SHARED:  # noqa: SIM102 (a constant of the compilation, then a number on the device)
         if expert == E:
             base = shared
             base_scale = shared_scale + tile * BD // 128 * SCS
@@ -265,14 +268,18 @@ def many_down_kernel(
             f = start + tl.arange(0, BF)
             inside = f < width
             v = tl.load(act + rows[:, None] * FMAX + f[None, :], mask=chosen[:, None] & inside[None, :], other=0.0)
-            w = tl.load(
-                base + d[:, None] * width + f[None, :], mask=(d < D)[:, None] & inside[None, :], other=0.0
-            ).to(v.dtype)
+            w = tl.load(base + d[:, None] * width + f[None, :], mask=(d < D)[:, None] & inside[None, :], other=0.0).to(
+                v.dtype
+            )
             product = tl.dot(v, tl.trans(w), input_precision="ieee")
             if HAS_SCALE:
                 product *= tl.load(base_scale + start // 128)
             total += product
-        tl.store(out + rows[:, None] * D + d[None, :], total.to(out.dtype.element_ty), mask=chosen[:, None] & (d < D)[None, :])
+        tl.store(
+            out + rows[:, None] * D + d[None, :],
+            total.to(out.dtype.element_ty),
+            mask=chosen[:, None] & (d < D)[None, :],
+        )
 
 
 def many_experts(h_ND: Tensor, indices_Nk: Tensor, w: ExpertWeights, act: Tensor, out_PD: Tensor) -> None:

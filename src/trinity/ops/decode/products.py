@@ -3,6 +3,9 @@
 `norm_project` and `gemv` serve few rows: a program has a tile of weight rows and one token, and its load of the weights
 is under way while it computes what they are multiplied by. `project` serves many rows on tensor cores.
 """
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# (the checker takes Triton's language for Python)
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +90,8 @@ def norm_project(
     N, D = x_ND.shape
     C = weight_CD.shape[0]
     BD = triton.next_power_of_2(D)
-    assert BD <= WIDEST and x_out_ND.data_ptr() != x_ND.data_ptr()
+    assert BD <= WIDEST
+    assert x_out_ND.data_ptr() != x_ND.data_ptr()
     BN = max(1, min(8192 // BD, triton.next_power_of_2(C)))
     norm_project_kernel[(triton.cdiv(C, BN * tiles), N)](
         x_ND, x_ND if y_ND is None else y_ND, pre_D if post_D is None else post_D, pre_D, weight_CD,

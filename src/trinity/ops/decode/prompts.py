@@ -4,6 +4,9 @@ Row b of the batch has `counts[b]` new tokens, from position `starts[b]` on; the
 places (a ring), with their positions beside them. Online softmax over tiles (Dao et al. 2022, "FlashAttention"); tiles
 that the window or causality hides are not read.
 """
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# (the checker takes Triton's language for Python)
 
 import torch
 import triton

@@ -2,6 +2,9 @@
 
 Suffixes as in `trinity.model`; R = rows of expert outputs.
 """
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# (the checker takes Triton's language for Python)
 
 import torch
 import triton
