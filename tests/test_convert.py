@@ -133,7 +133,7 @@ def test_a_fused_reading_that_takes_the_wrong_expert_is_caught(
 
     monkeypatch.setattr(TensorFiles, "read", wrong)
     monkeypatch.setattr(importlib.import_module("trinity.export.convert"), "_compare_tensors", lambda *_: None)
-    with pytest.raises(ParityError, match="other experts|logits differ"):
+    with pytest.raises(ParityError, match=r"other experts|logits differ"):
         convert_afmoe(source, tmp_path / "out")
 
 

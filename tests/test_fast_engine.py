@@ -122,8 +122,8 @@ def test_a_step_is_under_way_when_tokens_are_read(model: Transformer) -> None:
         engine.step()
         assert len(request.completion.tokens) == told
         assert engine._ahead is not None
-        assert engine._ahead.num_launched == int(told < 5)
-        assert engine.cache.lengths[0] == 4 + told - int(told == 5)
+        assert engine._ahead.num_launched == 1
+        assert engine.cache.lengths[0] == 4 + told
     engine.cancel(request)
     second = engine.submit(tokens(3), GREEDY)
     while not second.done:

@@ -70,7 +70,7 @@ def layer_weights(block: Block, *, fp8: bool) -> LayerWeights:
         scales = [m.scale for m in (*experts, *(shared or experts)) if m.scale is not None]
         gathered = ExpertWeights(experts[0].weight, experts[1].weight, plain, tuple(scales) or None)
     return LayerWeights(
-        kind=block.kind,
+        kind="local" if block.kind == "local" else "global",
         attn_norm=block.attn_norm.weight.detach(),
         attn_post=block.attn_post_norm.weight.detach(),
         ffn_norm=block.ffn_norm.weight.detach(),
