@@ -7,6 +7,9 @@ list of settings. Results are means over seeds with a 95 % interval of Student's
 so same weights at the start) to a baseline. OUT/NAME.json is written anew after every run. When `--minutes` are over,
 running processes are stopped; what they did is in the JSON under `unfinished` and in no mean. To go on in another
 call, name the JSON with `--merge`: the runs in it are taken over and not done again.
+
+The processes, also those of later calls, share what the compiler made (`--cache`). With `--warm-first` the first run
+compiles alone; the others start when it has done a step, and find most of what they need.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from dataclasses import dataclass, field
@@ -108,6 +112,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--parallel", type=int, default=3, help="processes at a time")
     parser.add_argument("--gpus", type=int, default=1, help="spread the processes over this many")
+    parser.add_argument("--warm-first", action="store_true", help="the first run compiles before the others start")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(tempfile.gettempdir()) / "trinity-bench-compiled", help="of compiled code"
+    )
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--variants", nargs="*", help="only these")
     parser.add_argument("--merge", nargs="*", type=Path, default=[], help="JSON files of earlier calls")
@@ -152,7 +160,9 @@ def run_all(experiment: Experiment, jobs: list[tuple[str, int]], options: argpar
     waiting, running = list(jobs), list[Running]()
     try:
         while (waiting or running) and time.monotonic() < deadline:
-            while waiting and len(running) < options.parallel:
+            begun = len(jobs) - len(waiting)
+            cold = options.warm_first and begun <= 1 and not any(_steps(run.folder) for run in running)
+            while waiting and len(running) < (1 if cold else options.parallel):
                 gpu = min(range(options.gpus), key=lambda gpu: sum(r.gpu == gpu for r in running))
                 running.append(start(experiment, *waiting.pop(0), gpu, options))
             time.sleep(0.25)
@@ -177,6 +187,8 @@ def start(experiment: Experiment, variant: str, seed: int, gpu: int, options: ar
         raise SystemExit(f"{folder} exists already: choose another --out, or name the JSON in it with --merge")
     threads = str(max(1, (os.cpu_count() or 1) // options.parallel - 1))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads}
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(options.cache))
+    environment.setdefault("TRITON_CACHE_DIR", str(options.cache / "triton"))
     environment.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does
     if options.gpus > 1:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)

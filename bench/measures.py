@@ -14,7 +14,9 @@ from trinity.base.files import read_jsonl
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Two-sided 95 % quantiles of Student's t by degrees of freedom."""
 MAX_SEEDS = max(T95) + 1
-CURVE_POINTS = 60
+CURVE_EVERY = 5
+"""Steps between points of a curve."""
+TAIL_POINTS = 60
 
 Figures = dict[str, Any]
 
@@ -35,8 +37,8 @@ def measure(run: Path) -> Figures | None:
     - bias_mean: mean over experts and layers of the bias after the last step: where biases drift as a whole.
     - dead_experts: most experts of all layers at any step of `last` that had no token for 20 steps.
     - spikes: bad steps, which the guard skipped.
-    - curve: [step, cross-entropy, MaxVio, dead experts] at up to 60 steps. bias_tail: the biases of the most restless
-      expert (largest deviation over `last`) after each of the last 60 steps.
+    - curve: [step, cross-entropy, MaxVio, dead experts] at the first step, every 5th and the last.
+    - bias_tail: the biases of the most restless expert (largest deviation over `last`) after each of the last 60 steps.
     """
     records = read_jsonl(run / "metrics.jsonl")
     steps = [r for r in records if r["kind"] == "step"]
@@ -59,8 +61,9 @@ def measure(run: Path) -> Figures | None:
         "dead_experts": max(sum(r.get("dead_experts") or []) for r in last),
         "spikes": max(r.get("spikes") or 0 for r in steps),
         "curve": [
-            [r["step"], r["ce"], r.get("max_vio"), sum(r.get("dead_experts") or [])]
-            for r in steps[:: max(1, len(steps) // CURVE_POINTS)]
+            [r["step"], _short(r["ce"]), _short(r.get("max_vio")), sum(r.get("dead_experts") or [])]
+            for r in steps
+            if r["step"] % CURVE_EVERY == 0 or r is steps[0] or r is steps[-1]
         ],
         "evals": evals,
     }
@@ -79,8 +82,13 @@ def bias_figures(path: Path) -> Figures:
         "bias_std": float(moved_SX.std(0).mean()),
         "bias_oscillation": float((moved_SX - time_S[:, None] * slope_X).std(0).mean()),
         "bias_mean": float(bias_SLE[-1].mean()),
-        "bias_tail": [float(f"{bias:.4g}") for bias in last_SX[-CURVE_POINTS:, moved_SX.std(0).argmax()]],
+        "bias_tail": [_short(bias) for bias in last_SX[-TAIL_POINTS:, moved_SX.std(0).argmax()]],
     }
+
+
+def _short(value: float | None) -> float | None:
+    """Five digits are enough for a drawing."""
+    return None if value is None else float(f"{value:.5g}")
 
 
 def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
@@ -133,6 +141,28 @@ def format_table(table: Mapping[str, Mapping[str, Any]]) -> str:
                 f"{_pm(*percent, digits=3):>16}  {cell['baseline']}"
             )
     return "\n".join(lines)
+
+
+def markdown(table: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> str:
+    """The comparison as a table of Markdown: a row for each variant; mean and half-width of the 95 % interval.
+
+    The column after `final_loss` is its difference to the baseline, paired by seed.
+    """
+    heads = ["variant", "seeds"]
+    for metric in metrics:
+        heads += [metric, "less baseline"] if metric == "final_loss" else [metric]
+    rows = [heads, ["---"] * len(heads)]
+    for variant, row in table.items():
+        cells = [variant, str(max((cell["seeds"] for cell in row.values()), default=0))]
+        for metric in metrics:
+            cell = row[metric]
+            cells.append(_pm(cell["mean"], cell["ci95"], 4))
+            if metric == "final_loss":
+                own = variant == cell["baseline"]
+                paired = _pm(cell["difference"], cell["difference_ci95"], 3)
+                cells.append("baseline" if own else f"{paired} ({cell['baseline']})")
+        rows.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows).replace("+-", "±")
 
 
 def _pm(mean: float | None, half: float | None, digits: int = 5) -> str:

@@ -2,12 +2,15 @@
 
     python bench/one_run.py demo [key=value ...] --overlay bench/small.toml --run-dir DIR
 
-It is `trinity pretrain` with one addition: the expert biases after every step, which metrics.jsonl sums up only, are
-kept as `biases.npy`, float32 [steps, MoE layers, experts].
+It is `trinity pretrain` with one addition and two things left out. The expert biases after every step, which
+metrics.jsonl sums up only, are kept as `biases.npy`, float32 [steps, MoE layers, experts]. No samples are generated,
+and the held-out loss is not taken before the first step: nothing of an experiment needs them.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +19,9 @@ from torch import Tensor, nn
 from trinity.config import BalanceConfig, resolve
 from trinity.model.balance import apply_balance
 from trinity.stages import pretrain
+from trinity.stages.evaluations import heldout_evaluation
 from trinity.train import step
+from trinity.train.job import Evaluation
 
 
 class BiasTrace:
@@ -35,6 +40,11 @@ class BiasTrace:
             np.save(path, torch.stack(self.steps).cpu().numpy())
 
 
+def only_at_the_end(*arguments: Any) -> Evaluation:
+    """The held-out evaluation without its start."""
+    return replace(heldout_evaluation(*arguments), at_start=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset")
@@ -45,6 +55,8 @@ def main() -> None:
     config, _ = resolve(options.preset, options.overlay, options.settings)
     trace = BiasTrace()
     step.apply_balance = trace
+    pretrain.heldout_evaluation = only_at_the_end
+    pretrain.beginnings = lambda _shards, _most=0: []  # no prompts
     try:
         pretrain.run(config, options.run_dir)
     finally:  # a run that diverged is of interest too

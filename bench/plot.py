@@ -1,10 +1,12 @@
-"""Draw what an experiment found as one self-contained SVG file.
+"""Draw what an experiment found as one self-contained SVG file, or print it as a table of Markdown.
 
     python bench/plot.py OUT/balancing.json records/2026-11-25-balancing.svg [--variants sign smebu ...]
+    python bench/plot.py OUT/balancing.json --table [--variants ...] [--metrics max_vio_last final_loss ...]
 
 One panel for each curve: training cross-entropy, MaxVio and dead experts over the steps (mean over seeds, the band from
 the smallest to the largest seed), and the bias of the most restless expert over the last steps (first seed). Panels
-whose values are the same everywhere are left out. Below stands the mean of the held-out loss of each variant.
+whose values are the same everywhere are left out. Below stands the mean of the held-out loss of each variant. The
+colours follow the reader's light or dark scheme.
 """
 
 import argparse
@@ -17,13 +19,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from measures import markdown
 from trinity.base.files import atomic_write, read_json
 
-COLORS = ("#1b6ca8", "#d1495b", "#2e933c", "#8a4fbf", "#e08e0b", "#3a3a3a", "#00a6a6", "#b5651d")
-"""As many lines as one panel tells apart; beyond them the dashes change."""
+COLORS = ("#1b6ca8", "#c92a3d", "#257a30", "#7d3fb2", "#a86200", "#3a3a3a", "#007f7f", "#8f4a10")
+DARK = ("#6cb6ff", "#ff7b86", "#6fdd78", "#c297ff", "#f2b04a", "#d5d5d5", "#4fd6d6", "#e39a5b")
+"""As many lines as one panel tells apart, on white and on black; beyond them the dashes change."""
 DASHES = ("", "6 3", "2 3")
 WIDTH, HEIGHT, LEFT, BOTTOM, GAP = 460, 250, 62, 34, 28
 TICKS = 5
+
+
+def _style() -> str:
+    """Classes: back, text, dim (text), grid, and line-N and band-N of each colour."""
+
+    def rules(back: str, text: str, dim: str, grid: str, colors: Sequence[str]) -> str:
+        series = [f".line-{i}{{stroke:{c}}}.band-{i}{{fill:{c}}}" for i, c in enumerate(colors)]
+        return f".back{{fill:{back}}}text{{fill:{text}}}text.dim{{fill:{dim}}}.grid{{stroke:{grid}}}{''.join(series)}"
+
+    light = rules("#ffffff", "#1f2328", "#555555", "#dddddd", COLORS)
+    dark = rules("#0d1117", "#e6edf3", "#a0a8b0", "#30363d", DARK)
+    return f"<style>{light}@media (prefers-color-scheme: dark){{{dark}}}</style>"
 
 
 class Line(NamedTuple):
@@ -46,13 +62,22 @@ class Panel(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
-    parser.add_argument("svg", type=Path)
+    parser.add_argument("svg", type=Path, nargs="?")
+    parser.add_argument("--table", action="store_true", help="print the comparison")
+    parser.add_argument("--metrics", nargs="*", help="of the table; all that the experiment compares by default")
     parser.add_argument("--variants", nargs="*", help="only these")
     options = parser.parse_args()
+    if options.svg is None and not options.table:
+        parser.error("name an SVG file to draw, or pass --table")
     result = read_json(options.result)
     runs = {name: seeds for name, seeds in result["runs"].items() if name in (options.variants or result["runs"])}
-    with atomic_write(options.svg, "w") as file:
-        file.write(draw(result["experiment"], runs))
+    if options.table:
+        table = {name: row for name, row in result["comparison"].items() if name in runs}
+        metrics = options.metrics or list(next(iter(table.values()), {}))
+        print(markdown(table, metrics))
+    if options.svg is not None:
+        with atomic_write(options.svg, "w") as file:
+            file.write(draw(result["experiment"], runs))
     return 0
 
 
@@ -93,7 +118,7 @@ def _tails(runs: Mapping[str, Mapping[str, Any]]) -> list[Line]:
 def draw(title: str, runs: Mapping[str, Mapping[str, Any]]) -> str:
     """The SVG as text."""
     drawn = panels(runs)
-    styles = {name: (COLORS[i % len(COLORS)], DASHES[i // len(COLORS) % len(DASHES)]) for i, name in enumerate(runs)}
+    styles = {name: (i % len(COLORS), DASHES[i // len(COLORS) % len(DASHES)]) for i, name in enumerate(runs)}
     top = 44
     width = 2 * (WIDTH + GAP) + GAP
     rows = math.ceil(len(drawn) / 2)
@@ -101,7 +126,8 @@ def draw(title: str, runs: Mapping[str, Mapping[str, Any]]) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="system-ui, sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        _style(),
+        f'<rect width="{width}" height="{height}" class="back"/>',
         f'<text x="{GAP}" y="26" font-size="17" font-weight="600">{escape(title)}</text>',
     ]
     for i, panel in enumerate(drawn):
@@ -117,11 +143,11 @@ def draw(title: str, runs: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _stroke(color: str, dash: str) -> str:
-    return f'stroke="{color}" stroke-width="1.6" fill="none"' + (f' stroke-dasharray="{dash}"' if dash else "")
+def _stroke(color: int, dash: str) -> str:
+    return f'class="line-{color}" stroke-width="1.6" fill="none"' + (f' stroke-dasharray="{dash}"' if dash else "")
 
 
-def _panel(panel: Panel, styles: Mapping[str, tuple[str, str]]) -> list[str]:
+def _panel(panel: Panel, styles: Mapping[str, tuple[int, str]]) -> list[str]:
     x_all = np.concatenate([line.x_N for line in panel.lines])
     y_all = np.concatenate([np.concatenate([line.low_N, line.high_N]) for line in panel.lines])
     if panel.log:
@@ -144,21 +170,19 @@ def _panel(panel: Panel, styles: Mapping[str, tuple[str, str]]) -> list[str]:
     for tick in np.linspace(low, high, TICKS):
         y = 20 + (1 - (tick - low) / (high - low)) * plot_height
         label = f"{10**tick:.3g}" if panel.log else f"{tick:.3g}"
-        parts.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH}" y2="{y:.1f}" stroke="#dddddd"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end" fill="#555555">{label}</text>')
+        parts.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH}" y2="{y:.1f}" class="grid"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end" class="dim">{label}</text>')
     for tick in np.linspace(left, right, TICKS):
         x = LEFT + (tick - left) / (right - left) * plot_width
-        parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle" fill="#555555">{tick:.0f}</text>'
-        )
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle" class="dim">{tick:.0f}</text>')
     parts.append(
-        f'<text x="{LEFT + plot_width / 2}" y="{HEIGHT - 2}" text-anchor="middle" fill="#555555">{panel.axis}</text>'
+        f'<text x="{LEFT + plot_width / 2}" y="{HEIGHT - 2}" text-anchor="middle" class="dim">{panel.axis}</text>'
     )
     for line in panel.lines:
         color, dash = styles[line.name]
         x_N = place_x(line.x_N)
         band = [*_points(x_N, place_y(line.high_N)), *reversed(_points(x_N, place_y(line.low_N)))]
-        parts.append(f'<polygon points="{" ".join(band)}" fill="{color}" fill-opacity="0.12"/>')
+        parts.append(f'<polygon points="{" ".join(band)}" class="band-{color}" fill-opacity="0.12"/>')
         parts.append(f'<polyline points="{" ".join(_points(x_N, place_y(line.y_N)))}" {_stroke(color, dash)}/>')
     return parts
 

@@ -1,12 +1,15 @@
 """How long saving holds training up: the same run with checkpoints every few steps, on a CPU or a GPU.
 
-    python bench/save_stall.py --shards DIR --tokenizer DIR --out DIR [--every 20] [--steps 100] [--set key=value ...]
+    python bench/save_stall.py --shards DIR --tokenizer DIR --out DIR [--every 20] [--steps 220] [--set key=value ...]
+    ... --preset demo --overlay bench/small.toml     # 328 M parameters on a GPU, 10 saves
 
-Saving is asynchronous, as by default: the state is copied (the stall), then written behind the next steps, which may be
-slower for it. A step is quiet when nothing is written during it. Reported are the stall of a save, the slowdown of the
-steps beside one, and the share of the run's time that both take, at the interval of this run and at that of
-`--interval` steps, over which they are spread: share = lost time of a save / (quiet step x interval + lost time).
-`--synchronous` shows what it would be without a thread.
+Saving is asynchronous, as by default: the state is copied beside the next step (on a CPU: before it) and written
+behind the steps that follow, which may be slower for it. A step is quiet when no save touches it. What a save costs is
+the time from it to the next one less as many quiet steps: the stall, the slowdown of what runs beside it, and waiting
+where a save is not done when the next is due. Reported are that cost of each save, its mean and 95 % interval, and its
+share of a run's time at the interval of this run and at that of `--interval` steps: cost / (quiet step x
+interval + cost). `--synchronous` shows what it would be without a thread. The saves before the first and after the
+last step, and the export at the end, are left out.
 """
 
 import argparse
@@ -16,14 +19,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import measures
 from start import device_name
 from trinity.base.files import write_json
 from trinity.config import resolve
 from trinity.data.shards import Shards
-from trinity.stages import pretrain
+from trinity.stages import pretrain, setup
 from trinity.train import loop, run_checkpoints
 from trinity.train.checkpoint import Snapshot
 from trinity.train.writer import CheckpointWriter
+
+WARM_UP = 3
+"""Steps that compile and fill caches."""
 
 
 class TimedWriter(CheckpointWriter):
@@ -83,31 +90,45 @@ def main() -> int:
         stalls.append({"step": self.step, "seconds": time.perf_counter() - began})
 
     loop._Loop._save, run_checkpoints.CheckpointWriter = timed, TimedWriter
+    pretrain.beginnings = lambda _shards, _most=0: []  # no samples
+    setup.export_afmoe = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
     pretrain.run(config, options.out / "run", progress=watch)
-    found = summary(watch, stalls, options.steps, options.interval)
+    found = summary(watch, stalls, options.steps, options.every, options.interval)
     result = {"device": device_name(), "synchronous": options.synchronous, "every": options.every, **found}
     write_json(options.out / "save_stall.json", result)
     print({key: value for key, value in result.items() if not isinstance(value, list)})
     return 0
 
 
-def summary(watch: Watch, stalls: list[dict[str, Any]], steps: int, interval: int) -> dict[str, Any]:
-    """Stall, slowdown and shares; the saves before the first and after the last step do not count."""
-    inside = [s["seconds"] for s in stalls if 0 < s["step"] < steps]
-    later = [s for s in watch.steps if s["step"] > 3]  # the first compile and fill caches
+def summary(watch: Watch, stalls: list[dict[str, Any]], steps: int, every: int, interval: int) -> dict[str, Any]:
+    """Stall, cost of each save, and shares."""
+    inside = [s for s in stalls if 0 < s["step"] <= steps - every]  # those with a whole interval behind them
+    if not inside:
+        raise SystemExit(f"no save has {every} steps behind it: raise --steps to at least {2 * every}")
+    later = [s for s in watch.steps if s["step"] > WARM_UP]
     after = {s["step"] + 1 for s in stalls}
-    quiet = statistics.median(s["seconds"] for s in later if not s["beside"] and s["step"] not in after)
-    lost = sum(s["seconds"] - quiet for s in later if s["beside"] or s["step"] in after)
-    per_save = lost / len(inside)
+    still = [s["seconds"] for s in later if not s["beside"] and s["step"] not in after]
+    if not still:
+        raise SystemExit("every step runs beside a save: raise --every, or name a faster disk with --out")
+    quiet = statistics.median(still)
+    seconds = {s["step"]: s["seconds"] for s in watch.steps}
+    costs = [sum(seconds[s["step"] + 1 + i] for i in range(every)) - every * quiet for s in inside]
+    mean, half = measures.interval(costs[: measures.MAX_SEEDS])
+    assert mean is not None
     return {
         "saves": len(inside),
         "gib": max(s["bytes"] for s in watch.saves) / 2**30,
+        "quiet_steps": len(still),
         "quiet_step_seconds": quiet,
-        "stall_seconds_median": statistics.median(inside),
-        "stall_seconds_largest": max(inside),
-        "lost_seconds_per_save": per_save,
-        "share_here": lost / sum(s["seconds"] for s in later),
-        f"share_at_{interval}_steps": per_save / (interval * quiet + per_save),
+        "quiet_step_deviation": statistics.pstdev(still),
+        "stall_seconds_median": statistics.median(s["seconds"] for s in inside),
+        "stall_seconds_largest": max(s["seconds"] for s in inside),
+        "cost_seconds": mean,
+        "cost_seconds_ci95": half,
+        "costs": costs,
+        "share_here": mean / (every * quiet + mean),
+        f"share_at_{interval}_steps": mean / (interval * quiet + mean),
+        f"share_at_{interval}_steps_ci95": None if half is None else half / (interval * quiet),
         "steps": watch.steps,
         "stalls": stalls,
     }
@@ -121,7 +142,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--overlay", type=Path, action="append", default=[])
     parser.add_argument("--every", type=int, default=20, help="steps between saves in this run")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--interval", type=int, default=500, help="steps between saves to reckon with")
     parser.add_argument("--synchronous", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")

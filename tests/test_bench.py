@@ -161,11 +161,48 @@ def test_every_variant_runs(name: str, inputs: Path, tmp_path: Path, monkeypatch
         assert any(text.startswith(f"{variant}, held-out loss") for text in texts)
     lines = list(root.iter("{http://www.w3.org/2000/svg}polyline"))
     assert len(lines) >= 2 * len(content["variants"])
+    style = root.findtext("{http://www.w3.org/2000/svg}style") or ""
+    for line in lines:  # every colour is given twice, once for a dark page
+        assert style.count(f".{line.attrib['class']}{{") == 2
+    assert "prefers-color-scheme: dark" in style
+
+
+def test_the_table_pairs_losses_and_gives_intervals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = [{"final_loss": 3.0 + seed / 10, "max_vio": 1.0} for seed in range(3)]
+    runs = {
+        "sign": {str(seed): f for seed, f in enumerate(figures)},
+        "smebu": {str(seed): {**f, "final_loss": f["final_loss"] - 0.5} for seed, f in enumerate(figures)},
+    }
+    comparison = compare(runs, {"sign": "sign", "smebu": "sign"}, ["final_loss", "max_vio"])
+    write_json(tmp_path / "x.json", {"experiment": "x", "runs": runs, "comparison": comparison})
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "x.json"), "--table"])
+    plot.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "| variant | seeds | final_loss | less baseline | max_vio |",
+        "| --- | --- | --- | --- | --- |",
+        "| sign | 3 | 3.1 ± 0.25 | baseline | 1 ± 0 |",
+        "| smebu | 3 | 2.6 ± 0.25 | -0.5 ± 0 (sign) | 1 ± 0 |",
+    ]
+
+
+def test_a_curve_has_the_first_the_last_and_every_fifth_step(tmp_path: Path) -> None:
+    records = [
+        {"kind": "step", "step": step, "tokens": step, "ce": 1 / step, "tokens_per_second": 1.0, "max_vio": 1 / 3}
+        for step in range(1, 13)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    figures = measure(tmp_path)
+    assert figures is not None
+    assert [point[0] for point in figures["curve"]] == [1, 5, 10, 12]
+    assert figures["curve"][-1] == [12, 0.083333, 0.33333, 0]
 
 
 def test_an_experiment_and_its_continuation(inputs: Path, tmp_path: Path) -> None:
     experiment = str(inputs / "experiment.toml")
-    first = run_script("experiment.py", inputs, tmp_path / "first", experiment, "--seeds", "1", "--parallel", "2")
+    shared = ("--parallel", "2", "--warm-first", "--cache", str(tmp_path / "compiled"))
+    first = run_script("experiment.py", inputs, tmp_path / "first", experiment, "--seeds", "1", *shared)
     assert first.returncode == 0, first.stdout + first.stderr
     found = json.loads((tmp_path / "first/experiment.json").read_text())
     assert found["unfinished"] == found["failed"] == {}
@@ -229,11 +266,14 @@ def test_the_cost_of_the_optimizer_step(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_the_stall_of_saving(inputs: Path, tmp_path: Path) -> None:
-    more = ("--steps", "14", "--every", "5", "--interval", "50")
+    more = ("--steps", "24", "--every", "8", "--interval", "50")
     done = run_script("save_stall.py", inputs, tmp_path, *more)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "save_stall.json").read_text())
     assert found["saves"] == 2
-    assert [s["step"] for s in found["steps"]] == list(range(1, 15))
+    assert [s["step"] for s in found["steps"]] == list(range(1, 25))
+    assert len(found["costs"]) == 2
+    assert found["cost_seconds_ci95"] >= 0
+    assert not (tmp_path / "run/model").exists()
     assert 0 < found["stall_seconds_median"] <= found["stall_seconds_largest"]
     assert found["share_at_50_steps"] < 1

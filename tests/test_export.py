@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from trinity.base.errors import UserError
 from trinity.config import ModelConfig, TokenizerConfig
 from trinity.config.model import LayerType
 from trinity.export.afmoe import export_afmoe
+from trinity.export.balance_state import STATE
 from trinity.export.config import config_from_public, config_to_public
 from trinity.export.keys import our_shapes, pieces
 from trinity.export.reading import import_afmoe, read_config
@@ -50,8 +52,6 @@ def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
             if name.endswith("norm.weight"):
                 tensor.add_(1.0)
-            if name.endswith("momentum"):
-                tensor.zero_()
     return model.eval()
 
 
@@ -369,3 +369,47 @@ def test_a_failed_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
         export_afmoe(random_model(SMALL, 2), SMALL, None, out, force=True)
     assert (out / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_momenta_come_back_bit_for_bit_from_a_file_of_their_own(tmp_path: Path) -> None:
+    """In a bfloat16 export too; without a momentum there is no file, and without the file momenta are zero."""
+    model = random_model(SMALL)
+    names = [name for name in model.state_dict() if name.endswith("momentum")]
+    export_afmoe(model, SMALL, None, tmp_path / "a", dtype=torch.bfloat16)
+    assert {path.name for path in (tmp_path / "a").glob("*.safetensors")} == {"model.safetensors"}
+    _, state = import_afmoe(tmp_path / "a")
+    for name in names:
+        assert model.state_dict()[name].abs().min() > 0
+        assert torch.equal(state[name], model.state_dict()[name])
+    (tmp_path / "a" / STATE).unlink()
+    _, state = import_afmoe(tmp_path / "a")
+    assert all(torch.equal(state[name], torch.zeros(SMALL.num_experts)) for name in names)
+    model.load_state_dict(state)
+    export_afmoe(model, SMALL, None, tmp_path / "b", dtype=torch.bfloat16)
+    assert not (tmp_path / "b" / STATE).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda content: [], "not a state of format 1"),
+        (lambda content: {**content, "format": 2}, "not a state of format 1"),
+        (lambda content: {**content, "momentum": {}}, "disagree about layers.1.moe.router.momentum"),
+        (lambda content: with_momentum(content, [0.0] * 3), "is not a list of 4 finite numbers"),
+        (lambda content: with_momentum(content, [0.0, 0.0, 0.0, math.nan]), "is not a list of 4 finite numbers"),
+        (lambda content: with_momentum(content, [0.0, 0.0, 0.0, "0"]), "is not a list of 4 finite numbers"),
+    ],
+)
+def test_damaged_momenta_are_refused(exported: Path, tmp_path: Path, change: Any, reason: str) -> None:
+    shutil.copytree(exported, tmp_path / "model")
+    path = tmp_path / "model" / STATE
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(UserError, match=f"trinity_state.json.*{reason}"):
+        import_afmoe(tmp_path / "model")
+    path.write_text('{"format": 1, "mom')
+    with pytest.raises(UserError, match=r"trinity_state.json cannot be read as JSON"):
+        import_afmoe(tmp_path / "model")
+
+
+def with_momentum(content: dict[str, Any], values: list[Any]) -> dict[str, Any]:
+    return {**content, "momentum": {**content["momentum"], "layers.1.moe.router.momentum": values}}

@@ -12,6 +12,7 @@ from test_export import SMALL, configs, random_model
 from test_load import TEXT
 from trinity.config import ModelConfig, TokenizerConfig
 from trinity.export.afmoe import export_afmoe
+from trinity.export.balance_state import STATE
 from trinity.infer.engine import Engine
 from trinity.infer.load import load, load_model
 from trinity.infer.sampling import SamplingParams
@@ -53,6 +54,7 @@ def test_the_automatic_classes_give_our_logits_and_our_greedy_text(exported: Pat
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     words = transformers.AutoTokenizer.from_pretrained(exported)
     assert type(theirs).__module__.startswith("transformers.")
+    assert (exported / STATE).exists(), "a file of ours is in no one's way"
     assert theirs.generation_config.eos_token_id == tokenizer.stop_ids
     ours, own_words = load(exported, device="cpu")
     text = "the cat sat on the mat. 12 + 30 = 42"

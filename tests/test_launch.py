@@ -54,3 +54,43 @@ def test_a_killed_rank_of_four_does_not_change_a_bit(tmp_path: Path) -> None:
     assert numbers(found.read_metrics("step")) == numbers(expected.read_metrics("step"))
     weights = [(run.model / "model.safetensors").read_bytes() for run in (found, expected)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_and_a_signal_saves_on_all(tmp_path: Path) -> None:
+    settings = write_run(tmp_path, 4000, checkpoint={"every_steps": 4})
+    path = tmp_path / "run"
+    command = ("trinity", "pretrain", str(settings), "runtime.timeout=8", "--run-dir", str(path))
+    process = torchrun(2, *command)
+    wait_for_step(path, 6)
+    stopped = worker(process.pid, 1)
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if line.startswith("trinity: rank 1 ("))
+        assert "did not arrive at step " in line
+        assert "within 8 s: last seen at step " in line
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    finish(process)
+    assert process.returncode != 0
+
+    steps = len(RunDir(path).read_metrics("step"))
+    process = torchrun(2, *command)
+    wait_for_step(path, steps + 2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = finish(process)
+    assert process.returncode != 0
+    assert errors.count("is saved; the same command goes on from there") == 1, errors
+    (event,) = RunDir(path).read_events("stop")
+    assert event["checkpoint"] == event["step"] == RunDir(path).read_metrics("step")[-1]["step"]
+
+
+@pytest.mark.slow
+def test_ranks_with_other_settings_and_mistakes_are_refused_once(tmp_path: Path) -> None:
+    settings = write_run(tmp_path, 4, pretrain={"batch": [{"from_tokens": 0, "rows": 3}]})
+    process = torchrun(2, "trinity", "pretrain", str(settings), "--run-dir", str(tmp_path / "run"))
+    _, errors = finish(process)
+    assert process.returncode != 0
+    assert errors.count("trinity: ") == 1, errors
+    assert "3 rows cannot be shared by 2 ranks" in errors

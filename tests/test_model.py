@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trinity.config import resolve
@@ -321,9 +321,11 @@ def test_a_dispatcher_is_handed_in() -> None:
     expected = model(batch())
     seen = []
 
-    def counting(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, experts: Experts) -> Tensor:
+    def counting(
+        x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, experts: Experts, shared: nn.Module | None
+    ) -> Tensor:
         seen.append(x_ND.shape[0])
-        return dispatch_local(x_ND, indices_Nk, weights_Nk, experts)
+        return dispatch_local(x_ND, indices_Nk, weights_Nk, experts, shared)
 
     for block in model.blocks:
         if block.moe is not None:

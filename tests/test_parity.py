@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,19 @@ TENSOR_FAULTS: dict[str, Callable[[Tensors], Any]] = {
 def test_faulty_tensors_in_the_files_are_caught(fault: str, model: Transformer, written: Path, tmp_path: Path) -> None:
     tensors = load_file(written / "model.safetensors")
     TENSOR_FAULTS[fault](tensors)
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    check_parity(model, tmp_path, stored_as=FORMATS["float32"], with_transformers=False)
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((written / "config.json").read_text())
     with pytest.raises(ParityError, match="other values"):
+        check_parity(model, tmp_path, stored_as=FORMATS["float32"])
+
+
+def test_a_momentum_that_is_lost_is_caught(model: Transformer, written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "trinity_state.json").unlink()
+    with pytest.raises(
+        ParityError, match=r"layers\.1\.moe\.router\.momentum comes back from the files with other values"
+    ):
         check_parity(model, tmp_path, stored_as=FORMATS["float32"])
 
 
@@ -98,7 +109,7 @@ CONFIG_FAULTS: dict[str, dict[str, Any]] = {
 def test_a_config_that_writer_and_reader_agree_on_is_caught(
     fault: str, model: Transformer, written: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "model.safetensors").write_bytes((written / "model.safetensors").read_bytes())
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     public = json.loads((written / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**public, **CONFIG_FAULTS[fault]}))
     with pytest.raises(ParityError, match="our reader"):

@@ -42,7 +42,8 @@ def as_rank(monkeypatch):
 def stage_for(folder, name) -> Any:
     config = tiny_config(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    return SimpleNamespace(name=name, config=config, settings=getattr(config, name), tokenizer=tokenizer)
+    place = {"data_rank": dist.rank(), "data_size": dist.world_size()}
+    return SimpleNamespace(name=name, config=config, settings=getattr(config, name), tokenizer=tokenizer, **place)
 
 
 def extend_source(folder, share=0.5):

@@ -5,14 +5,20 @@ Every function works without an initialised process group, so callers need no se
 
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from trinity.base.errors import UserError
 
 T = TypeVar("T")
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor, as a view; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def initialized() -> bool:
@@ -79,6 +85,21 @@ def on_main(work: Callable[[], T]) -> T:
     if message is not None:
         raise UserError(message)
     return value
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do `work` on every rank, each with its own result; a UserError of one rank is raised on every rank."""
+    if world_size() == 1:
+        return work()
+    result, message = None, None
+    try:
+        result = work()
+    except UserError as error:
+        message = str(error)
+    for other in gather_objects(message):
+        if other is not None:
+            raise UserError(other)
+    return cast("T", result)
 
 
 def barrier() -> None:

@@ -9,6 +9,7 @@ import torch
 from trinity.base.errors import UserError
 from trinity.base.files import write_json
 from trinity.config import ModelConfig
+from trinity.export.balance_state import write_momenta
 from trinity.export.card import model_card
 from trinity.export.config import config_to_public
 from trinity.export.folder import check_replaceable, folder_aside, weights_fingerprint
@@ -57,6 +58,7 @@ def export_afmoe(
     read = state_reader(model.state_dict(), config)
     with folder_aside(out_dir) as folder:
         write_weights(read, config, folder, chosen, max_shard_bytes)
+        write_momenta(model.state_dict(), config, folder)
         write_beside(folder, public, config, tokenizer)
         report = check_parity(model, folder, stored_as=chosen, tokenizer=tokenizer, sample=sample)
         write_card(folder, out_dir.name, config, public, report, tokenizer, origin)

@@ -9,6 +9,7 @@ import torch
 from trinity.base.files import read_json
 from trinity.config import ModelConfig
 from trinity.export.afmoe import public_config, write_beside, write_card
+from trinity.export.balance_state import read_momenta, write_momenta
 from trinity.export.files import TensorFiles
 from trinity.export.folder import check_replaceable, folder_aside
 from trinity.export.formats import FORMATS, Format, find_format
@@ -60,6 +61,7 @@ def convert_afmoe(
                 return read_piece(files, piece)
 
             write_weights(read, config, folder, chosen, max_shard_bytes)
+            write_momenta(read_momenta(source, config), config, folder)
             write_beside(folder, public, config, tokenizer)
             say("comparing tensors")
             _compare_tensors(files, folder, config, chosen)

@@ -33,7 +33,8 @@ class Piece(NamedTuple):
 def is_bias(name: str) -> bool:
     """Whether a name, ours or public, is an expert bias, which stays float32 in every file.
 
-    Beside it our state has `moe.router.momentum`, the only tensor that the format has no name for.
+    Beside it our state has `moe.router.momentum`, the only tensor that the format has no name for
+    (`balance_state`).
     """
     return name.endswith((".expert_bias", "moe.router.bias"))
 

@@ -20,6 +20,7 @@ import torch
 
 from trinity.base.errors import UserError
 from trinity.config import ModelConfig
+from trinity.export.balance_state import is_momentum
 from trinity.export.formats import FORMATS, Format, partial_blocks
 from trinity.export.keys import pieces
 from trinity.export.oracle import oracle_forward
@@ -144,7 +145,7 @@ def _rounded(model: Transformer, stored_as: Format) -> dict[str, torch.Tensor]:
         value = piece.of(given[piece.ours].detach()).cpu()
         piece.of(state[piece.ours]).copy_(stored_as.rounded(piece.public, value))
     for name, tensor in given.items():
-        if name.endswith("moe.router.momentum"):
+        if is_momentum(name):
             state[name].copy_(tensor)
     return state
 
@@ -160,8 +161,6 @@ def _check_rounding(model: Transformer, state: dict[str, torch.Tensor], director
 
 def _compare_tensors(state: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], directory: Path) -> None:
     for name, tensor in state.items():
-        if name.endswith("moe.router.momentum"):
-            continue
         if name not in stored or not torch.equal(stored[name], tensor):
             raise ParityError(f"{directory}: {name} comes back from the files with other values than the model's")
 

@@ -8,6 +8,7 @@ import torch
 from trinity.base.errors import UserError
 from trinity.base.files import read_json
 from trinity.config import ModelConfig
+from trinity.export.balance_state import read_momenta
 from trinity.export.config import config_from_public
 from trinity.export.files import TensorFiles
 from trinity.export.keys import Piece, is_bias, our_shapes, pieces
@@ -30,9 +31,9 @@ def import_afmoe(
 ) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """The settings and the whole state dict of a public model directory, on the CPU.
 
-    `dtype` None keeps each tensor's stored type (a quantised model becomes float32). Expert biases are float32 always;
-    the momentum of the balancing, which the format does not have, is zero. Raises UserError naming the tensor and the
-    shapes when one is missing, unexpected or of another shape.
+    `dtype` None keeps each tensor's stored type (a quantised model becomes float32). Expert biases are float32 always,
+    and so are the momenta of the balancing, zero where the directory has none. Raises UserError naming the tensor and
+    the shapes when one is missing, unexpected or of another shape.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -54,8 +55,7 @@ def iterate_state(
             grouped.setdefault(piece.ours, []).append(piece)
         for name, parts in grouped.items():
             yield name, _assemble(files, name, parts, shapes[name], dtype)
-            if is_bias(name):
-                yield name.replace(".bias", ".momentum"), torch.zeros(config.num_experts)
+        yield from read_momenta(directory, config).items()
 
 
 def _assemble(

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from trinity.base.errors import UserError
 from trinity.base.files import write_json
 from trinity.config import ModelConfig
+from trinity.export.balance_state import is_momentum
 from trinity.export.files import INDEX, SINGLE
 from trinity.export.formats import Format
 from trinity.export.keys import Piece, our_shapes, pieces
@@ -82,6 +83,6 @@ def _check(state: Mapping[str, torch.Tensor], config: ModelConfig) -> None:
             raise UserError(f"the model has no {name} (shape {shape}); its settings and weights do not belong together")
         if tuple(state[name].shape) != shape:
             raise UserError(f"{name} has shape {tuple(state[name].shape)}, but the model's settings say {shape}")
-    extra = sorted(name for name in state if name not in shapes and not name.endswith("moe.router.momentum"))
+    extra = sorted(name for name in state if name not in shapes and not is_momentum(name))
     if extra:
         raise UserError(f"the model has {extra[0]}, for which the afmoe format has no place")

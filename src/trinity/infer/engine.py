@@ -19,7 +19,7 @@ from trinity.infer.attention import Chunk, Step
 from trinity.infer.cache import Cache
 from trinity.infer.forward import forward
 from trinity.infer.paths import Path, use_kernels
-from trinity.infer.sampling import SamplingParams, TokenStream, sample
+from trinity.infer.sampling import SamplingParams, TokenStream, most_probable, sample
 from trinity.infer.text import Decoder, TextStream
 from trinity.model.transformer import Transformer
 
@@ -37,6 +37,8 @@ class Completion:
     """New tokens; the stop token, if one came, is the last."""
     logprobs: list[float] = dataclasses.field(default_factory=list)
     """Of each token, log_softmax of the model's logits as they are (temperature 1, nothing truncated)."""
+    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    """Of each token, the `SamplingParams.top_logprobs` most probable ones in its place, with log-probabilities."""
     text: str = ""
     """Decoded tokens without the stop token, cut before a stop string; empty when the engine has no tokenizer."""
     finish: Finish | None = None
@@ -266,12 +268,13 @@ class Engine:
         """The tokens of the oldest step under way, while the device is busy with the next one.
 
         The next step is launched before that only when it is certain to be wanted: the same requests, none of which
-        ends by its length, and nothing to know of a token before another is chosen.
+        ends by its length. Where the host must know a token before another is chosen, or reports on its rivals, nothing
+        runs ahead.
         """
         if not ahead.num_launched:
             self._rows = list(self._decoding)
             ahead.start([_slot(r) for r in self._rows], [r.completion.tokens[-1] for r in self._rows])
-            if any(request.seen is not None for request in self._rows):
+            if any(request.seen is not None or request.params.top_logprobs for request in self._rows):
                 ahead.launch()
                 for i, request in enumerate(self._rows):
                     self._fed(request, ahead.experts(i))
@@ -285,6 +288,7 @@ class Engine:
         for i, request in enumerate(rows):
             if not request.done:  # else: stopped or cancelled while this step was under way
                 self._fed(request, None if experts_LBk is None else experts_LBk[:, i])
+                request.completion.top_logprobs.append([])
                 events.append(self._take(request, tokens[i], logprobs[i]))
         return events
 
@@ -328,6 +332,8 @@ class Engine:
         tokens_B, logprobs_B = sample(
             logits_BV, params, uniform, [request.seen for request in requests], self._vocab_size
         )
+        for request, top in zip(requests, most_probable(logits_BV, params, self._vocab_size), strict=True):
+            request.completion.top_logprobs.append(top)
         # The one point of a step where the host waits for the device.
         tokens, logprobs = tokens_B.tolist(), logprobs_B.tolist()
         return [self._take(*row) for row in zip(requests, tokens, logprobs, strict=True)]

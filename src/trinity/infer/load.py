@@ -2,12 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from trinity.base.errors import UsageError, UserError
 from trinity.base.files import read_json
@@ -15,9 +14,11 @@ from trinity.base.rundir import STAGES
 from trinity.config import ModelConfig, resolve
 from trinity.export.reading import iterate_state, read_config
 from trinity.model.transformer import Transformer
+from trinity.parallel.saved import SavedTensors
 from trinity.tokenizer import Tokenizer
 
 CHECKPOINT = re.compile(r"step-\d{8,}")
+MODEL_PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -132,18 +133,28 @@ def _newest(run: Path) -> Path:
     return whole[-1]
 
 
+def weights(
+    path: Path | str, *, dtype: str | torch.dtype | None = None
+) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]]]:
+    """Settings and tensors of what `load_model` would load, on the CPU, one tensor at a time."""
+    return _weights(find(Path(path)), dtype)
+
+
 def _load_weights(place: Place, device: torch.device, dtype: str | torch.dtype | None) -> Transformer:
+    config, state = _weights(place, dtype)
+    return _build(config, state, device)
+
+
+def _weights(place: Place, dtype: str | torch.dtype | None) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]]]:
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
     if place.run is None:
         config = read_config(place.weights)
-        state = iterate_state(place.weights, config, dtype)
-    else:
-        config = resolve(str(place.run / "run.toml"))[0].model
-        state = _checkpoint_state(place.weights, config, dtype)
-    return _build(config, state, device)
+        return config, iterate_state(place.weights, config, dtype)
+    config = resolve(str(place.run / "run.toml"))[0].model
+    return config, _checkpoint_state(place.weights, config, dtype)
 
 
 def _build(config: ModelConfig, state: Iterable[tuple[str, torch.Tensor]], device: torch.device) -> Transformer:
@@ -155,35 +166,47 @@ def _build(config: ModelConfig, state: Iterable[tuple[str, torch.Tensor]], devic
     return model.eval()
 
 
-def _checkpoint_state(
-    folder: Path, config: ModelConfig, dtype: torch.dtype | None
-) -> Iterable[tuple[str, torch.Tensor]]:
-    """The tensors of a training checkpoint, once the file agrees with its manifest."""
-    path = folder / "model.safetensors"
+def checkpoint_tensors(folder: Path) -> SavedTensors:
+    """The weights of a training checkpoint, saved by one process or in parts by many, once its files agree with the
+    manifest. Raises UserError when they do not."""
     manifest = read_json(folder / "manifest.json")
     try:
-        expected = manifest["files"][path.name]["sha256"]
-    except (KeyError, TypeError):
-        raise UserError(f"{folder / 'manifest.json'} gives no checksum of {path.name}") from None
-    if not path.exists():
-        raise UserError(f"{path} is missing; the manifest lists it")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise UserError(f"{path} is damaged: its checksum is {found[:16]}..., the manifest says {expected[:16]}...")
+        expected = {
+            name: entry["sha256"]
+            for name, entry in manifest["files"].items()
+            if name == "model.safetensors" or MODEL_PART.fullmatch(name)
+        }
+        if not expected:
+            raise KeyError
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / 'manifest.json'} gives no checksum of model.safetensors") from None
+    for name, checksum in sorted(expected.items()):
+        path = folder / name
+        if not path.exists():
+            raise UserError(f"{path} is missing; the manifest lists it")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != checksum:
+            raise UserError(f"{path} is damaged: its checksum is {found[:16]}..., the manifest says {checksum[:16]}...")
+    return SavedTensors(folder / name for name in sorted(expected))
+
+
+def _checkpoint_state(
+    folder: Path, config: ModelConfig, dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a training checkpoint, one at a time."""
+    saved = checkpoint_tensors(folder)
+    where = saved.files[0] if len(saved.files) == 1 else folder
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
-    try:
-        with safe_open(path, "pt") as file:
-            held = set(file.keys())
-            if held != set(shapes):
-                odd = sorted(held ^ set(shapes))[0]
-                raise UserError(f"{path} and the run's settings disagree about {odd}")
-            for name, shape in shapes.items():
-                tensor = file.get_tensor(name)
-                if tensor.shape != shape:
-                    raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, run.toml says {tuple(shape)}")
-                keep = name.endswith((".router.bias", ".router.momentum"))
-                yield name, tensor if keep or dtype is None else tensor.to(dtype)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+    if set(saved.names) != set(shapes):
+        odd = sorted(set(saved.names) ^ set(shapes))[0]
+        raise UserError(f"{where} and the run's settings disagree about {odd}")
+    for name, shape in shapes.items():
+        if saved.shape(name) != tuple(shape):
+            raise UserError(f"{where}: {name} has shape {saved.shape(name)}, run.toml says {tuple(shape)}")
+        keep = name.endswith((".router.bias", ".router.momentum"))
+        tensor = saved.read(name)
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(f"{where}: {name} holds numbers that are not finite; take an earlier checkpoint")
+        yield name, tensor if keep or dtype is None else tensor.to(dtype)

@@ -1,17 +1,27 @@
 """One optimizer for a model: Muon on hidden matrices, torch's fused AdamW on the rest."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from trinity.base.dist import local
 from trinity.config import ModelConfig, OptimConfig
 from trinity.optim.groups import describe, group_parameters
-from trinity.optim.muon import Muon
+from trinity.optim.muon import Exchange, Muon
 
 
 class MuonAdamW:
-    """Steps every trainable parameter; a step can be skipped on the device, without a host sync."""
+    """Steps every trainable parameter; a step can be skipped on the device, without a host sync.
 
-    def __init__(self, model: nn.Module, config: ModelConfig, settings: OptimConfig) -> None:
+    Of sharded parameters (DTensors) each rank moves its part and keeps the state of its part: AdamW works number by
+    number, and `exchange` brings Muon's matrices together.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: ModelConfig, settings: OptimConfig, exchange: Exchange | None = None
+    ) -> None:
         self.settings = settings
         self.groups = group_parameters(model.named_parameters(), config, settings)
         self.lr_scale = 1.0
@@ -21,12 +31,18 @@ class MuonAdamW:
             nesterov=settings.nesterov,
             weight_decay=settings.weight_decay,
             coefficients=settings.newton_schulz,
+            exchange=exchange,
         )
         self._adamw_names = [*self.groups.adamw_decay, *self.groups.adamw_vectors]
+        # torch's kernels take no mixture of meshes: they get plain tensors that share the parts' memory.
+        self._shared = {
+            name: (parameter, _part(parameter))
+            for name, parameter in (*self.groups.adamw_decay.items(), *self.groups.adamw_vectors.items())
+        }
         self.adamw = torch.optim.AdamW(
             [
-                {"params": list(self.groups.adamw_decay.values()), "weight_decay": settings.weight_decay},
-                {"params": list(self.groups.adamw_vectors.values()), "weight_decay": 0.0},
+                {"params": self._parts(self.groups.adamw_decay), "weight_decay": settings.weight_decay},
+                {"params": self._parts(self.groups.adamw_vectors), "weight_decay": 0.0},
             ],
             lr=settings.adamw_lr,
             betas=settings.adamw_betas,
@@ -34,6 +50,16 @@ class MuonAdamW:
             fused=True,
         )
         self._initialise_adamw()
+
+    def _parts(self, names: Iterable[str]) -> list[nn.Parameter]:
+        return [self._shared[name][1] for name in names]
+
+    def _share(self) -> None:
+        """Parts anew, as FSDP may move a parameter's memory once, and the gradients of this step."""
+        for parameter, part in self._shared.values():
+            if part is not parameter:
+                part.data = local(parameter.detach())
+                part.grad = None if parameter.grad is None else local(parameter.grad)
 
     def _initialise_adamw(self) -> None:
         """Moments at zero from the start, so that a checkpoint always has the same tensors."""
@@ -60,13 +86,15 @@ class MuonAdamW:
         """
         self.muon.step(self.settings.muon_lr * self.lr_scale, skip)
         # The attribute that torch's gradient scaler sets: the fused kernel then changes nothing where it is 1.
+        self._share()
         self.adamw.found_inf = None if skip is None else (skip != 0).to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
         self.adamw.step()
 
     def zero_grad(self) -> None:
         for matrix in self.groups.muon:
             matrix.parameter.grad = None
-        self.adamw.zero_grad(set_to_none=True)
+        for parameter, part in self._shared.values():
+            parameter.grad = part.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Named tensors; references, not copies."""
@@ -93,10 +121,15 @@ class MuonAdamW:
         return describe(self.groups, self.settings)
 
     def _adamw_entries(self) -> list[tuple[str, dict[str, Tensor]]]:
-        parameters = [*self.groups.adamw_decay.values(), *self.groups.adamw_vectors.values()]
-        return [(n, self.adamw.state[p]) for n, p in zip(self._adamw_names, parameters, strict=True)]
+        return [(name, self.adamw.state[self._shared[name][1]]) for name in self._adamw_names]
 
 
-def build_optimizer(model: nn.Module, config: ModelConfig, settings: OptimConfig) -> MuonAdamW:
-    """The optimizer of a whole model whose parameters have the names of `trinity.model`."""
-    return MuonAdamW(model, config, settings)
+def _part(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(local(parameter.detach())) if isinstance(parameter, DTensor) else parameter
+
+
+def build_optimizer(
+    model: nn.Module, config: ModelConfig, settings: OptimConfig, exchange: Exchange | None = None
+) -> MuonAdamW:
+    """The optimizer of a whole or sharded model whose parameters have the names of `trinity.model`."""
+    return MuonAdamW(model, config, settings, exchange)

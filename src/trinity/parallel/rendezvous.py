@@ -69,13 +69,14 @@ def launched() -> Launch | None:
 
 
 @contextmanager
-def joined(device: str, *, timeout: float, settings: Mapping[str, Any]) -> Iterator[None]:
+def joined(device: str, *, timeout: float, settings: Mapping[str, Any] | None) -> Iterator[None]:
     """The process is a member of its group inside; a single process goes on alone.
 
     device: auto, cpu or cuda. timeout: seconds in which a rank must come to its next place (`base.dist.place`).
-    settings: what must be equal on all ranks, nested or flat. Raises UsageError for a GPU that is not there. What goes
-    wrong afterwards is said once by one rank, and every rank leaves with SystemExit: ranks that disagree, a rank that
-    did not come, one that was lost, and any UserError of the work itself.
+    settings: what must be equal on all ranks, nested or flat, as must the package's code; None compares nothing.
+    Raises UsageError for a GPU that is not there. What goes wrong afterwards is said once by one rank, and every rank
+    leaves with SystemExit: ranks that disagree, a rank that did not come, one that was lost, and any UserError of the
+    work itself.
     """
     launch = launched()
     if launch is None:
@@ -85,7 +86,9 @@ def joined(device: str, *, timeout: float, settings: Mapping[str, Any]) -> Itera
     store = _store(launch, timeout, host=not launch.agent_store and launch.rank == 0)
     with Watch(_store(launch, timeout), launch.rank, launch.world_size, dist.place, timeout) as watch:
         try:
-            agree(store, launch.rank, launch.world_size, {"code": package_fingerprint(), **settings}, timeout)
+            if settings is not None:
+                mine = {"code": package_fingerprint(), **settings}
+                agree(store, launch.rank, launch.world_size, mine, timeout)
             torch_dist.init_process_group(
                 "gloo" if gpu is None else "cpu:gloo,cuda:nccl",
                 # Sockets of an attempt that was killed must not be found by the next one.

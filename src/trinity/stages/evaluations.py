@@ -34,7 +34,8 @@ def sample_evaluation(stage: Stage, prompts: Sequence[Sequence[int]]) -> Evaluat
     texts = [stage.tokenizer.decode(prompt) for prompt in prompts]
 
     def run(_model: nn.Module, _step: int) -> Outcome:
-        answers = greedy(stage.model, stage.tokenizer)(prompts, _SAMPLE_TOKENS) if prompts else []
+        with stage.gathered():
+            answers = greedy(stage.model, stage.tokenizer)(prompts, _SAMPLE_TOKENS) if prompts else []
         return Outcome(samples=[{"prompt": p, "text": a} for p, a in zip(texts, answers, strict=True)])
 
     return Evaluation(run, stage.settings.eval_every)
@@ -51,7 +52,8 @@ def arithmetic_evaluation(stage: Stage, form: arithmetic.Form) -> Evaluation:
 
     def run(_model: nn.Module, _step: int) -> Outcome:
         complete = greedy(stage.model, stage.tokenizer)
-        scores = {name: arithmetic.evaluate(complete, questions) for name, questions in asked.items()}
+        with stage.gathered():
+            scores = {name: arithmetic.evaluate(complete, questions) for name, questions in asked.items()}
         return Outcome([{"kind": "score", "name": name, **score} for name, score in scores.items()])
 
     return Evaluation(run, stage.settings.eval_every, at_start=True)
@@ -63,7 +65,8 @@ def niah_evaluation(stage: Stage, haystack: Haystack, every: int, stop_at: float
     length = max(q.length for q in asked if q.length <= stage.settings.seq_len)
 
     def run(_model: nn.Module, _step: int) -> Outcome:
-        record = niah.evaluate(greedy(stage.model, stage.tokenizer), stage.tokenizer, asked)
+        with stage.gathered():
+            record = niah.evaluate(greedy(stage.model, stage.tokenizer), stage.tokenizer, asked)
         reached = niah.score_at(record, length)
         stop = f"MK-NIAH at {length} tokens reached {reached:.3f}" if stop_at < 1 and reached >= stop_at else None
         return Outcome([{"kind": "niah", "haystack": haystack.kind, **record}], stop=stop)

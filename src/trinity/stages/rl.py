@@ -41,6 +41,11 @@ def run(
     settings = config.rl
     if start_from is None:
         raise UsageError("rl needs a model to start from: name its run or model directory")
+    if config.parallel.expert > 1 or config.parallel.context > 1:
+        raise UsageError(
+            "rl cannot share experts or rows: each rank samples answers of its own length, without the others; use "
+            "parallel.expert=1 parallel.context=1"
+        )
     stage = open_stage("rl", config, run_dir, start_from)
     seed = derive(config.runtime.seed, "rl")
 
@@ -127,10 +132,11 @@ def _sampler(stage: Stage, settings: RLConfig) -> Sampler:
             )
             for seed in seeds
         ]
-        return [
-            Sampled(done.text, done.tokens, done.logprobs, done.finish == "stop")
-            for done in engine.generate(prompts, params)
-        ]
+        with stage.gathered():
+            return [
+                Sampled(done.text, done.tokens, done.logprobs, done.finish == "stop")
+                for done in engine.generate(prompts, params)
+            ]
 
     return sample
 

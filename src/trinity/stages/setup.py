@@ -3,7 +3,8 @@
 import os
 import platform
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,19 @@ import torch
 from trinity.base import dist
 from trinity.base.errors import UsageError, UserError
 from trinity.base.rundir import RunDir
-from trinity.config import ModelConfig, RunConfig, StageConfig
+from trinity.config import ModelConfig, RunConfig, StageConfig, check_parallel
 from trinity.data.shards import Shards
 from trinity.export.afmoe import export_afmoe
-from trinity.infer.load import find, find_tokenizer, has_tokenizer, load_model
+from trinity.export.shards import export_shards
+from trinity.infer.load import checkpoint_tensors, find, find_tokenizer, has_tokenizer, weights
 from trinity.model.transformer import Transformer
 from trinity.optim.optimizer import MuonAdamW, build_optimizer
+from trinity.parallel.mesh import build_meshes
+from trinity.parallel.muon import MuonExchange
+from trinity.parallel.shard import Sharding, shard_model
 from trinity.tokenizer import Tokenizer
+from trinity.train.checkpoint import checkpoint_name
+from trinity.train.compilation import compile_blocks
 from trinity.train.job import Silent, TrainJob, TrainResult
 from trinity.train.loop import train
 
@@ -26,6 +33,10 @@ from trinity.train.loop import train
 # reach.
 _FREE = {"max_positions", "init_scale", "post_norm_gain", "global_every", "layer_types"}
 
+
+GATE_PARAMS = 10_000_000_000
+"""Of a model trained by several processes, up to this size the export compares logits, for which one process holds
+three copies in float32 on the CPU; beyond it compares tensors."""
 
 SILENT = Silent()
 
@@ -42,6 +53,21 @@ class Stage:
     tokenizer: Tokenizer
     model: Transformer
     optimizer: MuonAdamW
+    sharding: Sharding | None = None
+    """Where several processes train: how the model is spread over them."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which rows this process works on, from 0 to data_size - 1."""
+        return self.sharding.meshes.data_rank if self.sharding else 0
+
+    @property
+    def data_size(self) -> int:
+        return self.sharding.meshes.data_size if self.sharding else 1
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """All weights on this process, for code that calls parts of the model instead of the whole."""
+        return self.sharding.gathered() if self.sharding else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -60,9 +86,11 @@ def about(stage: Stage) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "ranks": dist.world_size(),
+        "layout": asdict(stage.sharding.meshes.sizes) if stage.sharding else None,
     }
     # The shortest row that has a window: the paths are the same, the masks of a long row would cost memory.
-    layout = stage.model.layout((1, min(stage.settings.seq_len, stage.config.model.window + 1)))
+    length = min(stage.settings.seq_len // stage.config.parallel.context, stage.config.model.window + 1)
+    layout = stage.model.layout((1, length + length % 2))
     return {
         "environment": environment,
         "paths": stage.model.paths(layout),
@@ -77,6 +105,8 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
     the model, a model of another shape, and rows longer than the model's positions.
     """
     settings: StageConfig = getattr(config, name)
+    if dist.world_size() > 1:
+        check_parallel(config, name, dist.world_size())
     if settings.seq_len > config.model.max_positions:
         raise UsageError(
             f"{name}.seq_len = {settings.seq_len} exceeds model.max_positions = {config.model.max_positions}: "
@@ -92,23 +122,34 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
             "runtime.dtype = float32 cannot be compiled on a GPU (its grouped products are bfloat16): use "
             "runtime.dtype=bfloat16 or runtime.compile=false"
         )
-    with device:
-        model = Transformer(config.model, kernels=config.runtime.kernels, recompute=config.runtime.recompute)
-    if start_from is None:
+    model, sharding = _open_model(config, device)
+    if start_from is not None:
+        check_tokenizer(tokenizer, config.data.tokenizer, start_from)
+        load_weights(model, config.model, start_from, sharding)
+    elif sharding is None:
         model.init_weights(config.runtime.seed)
     else:
-        check_tokenizer(tokenizer, config.data.tokenizer, start_from)
-        load_weights(model, config.model, start_from)
-    if not config.runtime.master_weights:
+        sharding.init_weights(config.runtime.seed)
+    if sharding is None and not config.runtime.master_weights:
         model.to(getattr(torch, config.runtime.dtype))
-    optimizer = build_optimizer(model, config.model, config.optim)
-    if config.runtime.compile and device.type == "cuda":
-        # All blocks share one code object: local and global, dense and sparse, with and without gradients, each shape
-        # of an evaluation. Past the limit (8 by default) a block runs uncompiled, with no more than a warning.
-        torch._dynamo.config.recompile_limit = 64
-        for block in model.layers:
-            block.compile()
-    return Stage(name, config, settings, RunDir(run_dir), device, tokenizer, model, optimizer)
+    exchange = None if sharding is None else MuonExchange(sharding, config.model)
+    optimizer = build_optimizer(model, config.model, config.optim, exchange)
+    return Stage(name, config, settings, RunDir(run_dir), device, tokenizer, model, optimizer, sharding)
+
+
+def _open_model(config: RunConfig, device: torch.device) -> tuple[Transformer, Sharding | None]:
+    """The model with unset weights; of several processes each has its part, and never the whole."""
+    runtime = config.runtime
+    several = dist.world_size() > 1
+    with torch.device("meta") if several else device:
+        model = Transformer(config.model, kernels=runtime.kernels, recompute=runtime.recompute)
+    compile_blocks(model, runtime, device)
+    if not several:
+        return model, None
+    if not runtime.master_weights:
+        model.to(getattr(torch, runtime.dtype))
+    meshes = build_meshes(config.parallel, dist.world_size(), device.type)
+    return model, shard_model(model, meshes, runtime)
 
 
 def open_device(config: RunConfig) -> torch.device:
@@ -144,19 +185,25 @@ def check_tokenizer(tokenizer: Tokenizer, where: str, start_from: Path) -> None:
         )
 
 
-def load_weights(model: Transformer, config: ModelConfig, start_from: Path) -> None:
-    """Weights and expert biases of a model or run directory. Raises UserError that names the first setting that
-    differs."""
-    found = load_model(start_from, device="cpu", dtype=torch.float32)
+def load_weights(model: Transformer, config: ModelConfig, start_from: Path, sharding: Sharding | None = None) -> None:
+    """Weights and expert biases of a model or run directory, one tensor at a time. Raises UserError that names the
+    first setting that differs."""
+    found, tensors = weights(start_from, dtype=torch.float32)
     for key in ModelConfig.model_fields:
-        if key not in _FREE and getattr(found.config, key) != getattr(config, key):
+        if key not in _FREE and getattr(found, key) != getattr(config, key):
             raise UserError(
-                f"the model of {start_from} has {key} = {getattr(found.config, key)}, but this run has model.{key} = "
+                f"the model of {start_from} has {key} = {getattr(found, key)}, but this run has model.{key} = "
                 f"{getattr(config, key)}: a stage goes on with a model of its own shape"
             )
-    if found.config.layers != config.layers:
+    if found.layers != config.layers:
         raise UserError(f"the model of {start_from} has other local and global layers than this run's model")
-    model.load_state_dict(found.state_dict())
+    if sharding is not None:
+        sharding.load(tensors)
+        return
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors:
+            own[name].copy_(tensor)
 
 
 def open_shards(stage: Stage) -> tuple[Shards, Shards]:
@@ -177,13 +224,13 @@ def open_shards(stage: Stage) -> tuple[Shards, Shards]:
 
 
 def check_batches(stage: Stage, batch_sizes: Iterable[int]) -> None:
-    """Refuse batches that the ranks cannot share. Raises UsageError with sizes that would do."""
-    ranks = dist.world_size()
+    """Refuse batches that the data-parallel ranks cannot share. Raises UsageError with sizes that would do."""
+    ranks = stage.data_size
     for rows in batch_sizes:
         if rows % ranks:
             fits = [size for size in (rows // ranks * ranks, -(-rows // ranks) * ranks) if size]
             raise UsageError(
-                f"{stage.name}: a batch of {rows} rows cannot be shared by {ranks} ranks; "
+                f"{stage.name}: a batch of {rows} rows cannot be shared by {ranks} data-parallel ranks; "
                 f"use {' or '.join(map(str, fits))} rows"
             )
 
@@ -193,15 +240,24 @@ def run_stage(stage: Stage, job: TrainJob) -> StageResult:
     if not stage.run.read_events("start") and stage.run.model.exists():  # it would be replaced at the end
         raise UserError(f"{stage.run.model} exists already, but no run is recorded beside it: choose another --run-dir")
     stage.run.create()
-    result = train(replace(job, about={**about(stage), **job.about}))
+    result = train(replace(job, about={**about(stage), **job.about}, sharding=stage.sharding))
     if not (result.finished and stage.config.checkpoint.enabled):
         return StageResult(result, None)
     dist.place.arrive("the export")
-    if dist.is_main():
-        dtype = torch.float32 if stage.config.runtime.dtype == "float32" else torch.bfloat16
-        origin = {"run": stage.config.name, "stage": stage.name, "step": str(result.step)}
-        export_afmoe(
-            stage.model, stage.config.model, stage.tokenizer, stage.run.model, dtype=dtype, origin=origin, force=True
-        )
-    dist.barrier()
+    dist.on_main(lambda: _export(stage, result.step))
     return StageResult(result, stage.run.model)
+
+
+def _export(stage: Stage, step: int) -> None:
+    config = stage.config.model
+    dtype = "float32" if stage.config.runtime.dtype == "float32" else "bfloat16"
+    origin = {"run": stage.config.name, "stage": stage.name, "step": str(step)}
+    target, model = stage.run.model, stage.model
+    if stage.sharding is not None:
+        saved = checkpoint_tensors(stage.run.checkpoints / checkpoint_name(step))
+        if config.num_params() > GATE_PARAMS:
+            export_shards(saved, config, stage.tokenizer, target, dtype=dtype, origin=origin, force=True)
+            return
+        model = Transformer(config)
+        model.load_state_dict({name: saved.read(name) for name in saved.names})
+    export_afmoe(model, config, stage.tokenizer, target, dtype=dtype, origin=origin, force=True)

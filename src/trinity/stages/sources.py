@@ -37,8 +37,8 @@ class TextSource:
             phases,
             stage.settings.seq_len,
             stage.config.runtime.seed,
-            dist.rank(),
-            dist.world_size(),
+            stage.data_rank,
+            stage.data_size,
             length_bias=length_bias,
             tokenizer_fingerprint=stage.tokenizer.fingerprint,
         )
@@ -80,6 +80,7 @@ class RetrievalSource:
         self._tokenizer, self._num_keys = stage.tokenizer, num_keys
         self._seq_len, self._micro_rows = stage.settings.seq_len, stage.settings.micro_rows
         self._streams = stage.config.data.streams
+        self._rank, self._ranks = stage.data_rank, stage.data_size
         self._seed = derive(stage.config.runtime.seed, "retrieval")
         self._most_parts = max(1, self._seq_len // (2 * niah.document_size(stage.tokenizer, num_keys)))
         self._rows = self._generated = 0
@@ -93,7 +94,7 @@ class RetrievalSource:
         batches: list[Rows] = []
         if total > generated:
             batches += self._text.rows(step, total - generated).split(self._micro_rows)
-        mine = range(first + dist.rank(), first + generated, dist.world_size())
+        mine = range(first + self._rank, first + generated, self._ranks)
         for start in range(0, len(mine), self._micro_rows):
             batches.append(self._retrieval_rows(mine[start : start + self._micro_rows]))
         self._rows += total
@@ -144,12 +145,13 @@ class ChatSource:
 
     def __init__(self, stage: Stage, data: ChatRows, plan: StepPlan, epochs: int) -> None:
         self._data, self._plan, self._micro_rows = data, plan, stage.settings.micro_rows
+        self._rank, self._ranks = stage.data_rank, stage.data_size
         self._ends = np.cumsum([len(data.plan(epoch)) for epoch in range(epochs)])
         self._next_row = 0
 
     def next_batch(self, step: int) -> list[Rows]:
         total = self._plan[step].rows
-        numbers = range(self._next_row + dist.rank(), self._next_row + total, dist.world_size())
+        numbers = range(self._next_row + self._rank, self._next_row + total, self._ranks)
         self._next_row += total
         return self._data.rows([self._group(number) for number in numbers]).split(self._micro_rows)
 

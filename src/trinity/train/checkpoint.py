@@ -4,14 +4,22 @@
 
 A checkpoint is written into a hidden folder beside its place, every file is flushed to the disk, the manifest with
 sizes and checksums comes last, and one rename makes it visible. Reading checks the manifest first. Nothing is ever
-unpickled, and only the three names above are ever opened.
+unpickled, and only the names above are ever opened.
+
+Of a sharded model every rank of one replica writes what it holds, and nothing is gathered:
+
+    model-00000-of-00008.safetensors  optimizer-00000-of-00008.safetensors  ...  state.json  manifest.json
+
+Each rank leaves a receipt with its checksums; the main rank waits for all of them, writes the manifest and renames.
+Any number of ranks, one included, reads either form: each takes the parts that it needs (`parallel.saved`).
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,22 +28,51 @@ from torch import Tensor
 
 from trinity.base.errors import UserError
 from trinity.base.files import sync_folder
-from trinity.train.manifest import FORMAT, MANIFEST, MODEL, OPTIMIZER, STATE, read_json, read_manifest, size
-from trinity.train.tensorfile import Digest, digest, read_tensors, write_bytes, write_tensors
+from trinity.parallel.saved import SavedTensors, parts_metadata
+from trinity.parallel.slices import Slice
+from trinity.train.manifest import (
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    part_name,
+    read_json,
+    read_manifest,
+    size,
+    tensor_files,
+)
+from trinity.train.tensorfile import Digest, check_finite, digest, read_tensors, write_bytes, write_tensors
 
 NAME = re.compile(r"step-(\d{8,})")
 ASIDE = re.compile(r"\.step-\d{8,}\.(partial|removed)")
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which of several parts of a checkpoint a rank writes."""
+
+    number: int
+    parts: int
+    slices: Mapping[str, Slice]
+    """What each sharded tensor here, of model or optimizer, is a part of; the others are whole."""
+    writes: bool = True
+    """Off on ranks of other replicas, which hold the same."""
+
+
+@dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds, on the CPU."""
+    """What a checkpoint holds, on the CPU, or what one rank holds of it."""
 
     step: int
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]
     """JSON: step, tokens, source, random state, guard, fingerprints, settings."""
+    part: Part | None = None
+    """None: everything."""
+    ready: Callable[[], None] = lambda: None
+    """Waits until the tensors hold their values, where a GPU may still be copying them."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +107,27 @@ def list_checkpoints(folder: Path) -> list[CheckpointInfo]:
     return sorted(found, key=lambda info: info.step)
 
 
-def verify_checkpoint(path: Path) -> dict[str, Digest]:
-    """Read every file of a checkpoint against its manifest. Raises UserError that names the file and what differs."""
+def verify_checkpoint(path: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Digest]:
+    """Read every file of a checkpoint against its manifest, and every number of its tensors.
+
+    `share` (number, of how many): ranks may each read some of the files. Raises UserError that names the file and what
+    differs, or the tensor that holds NaN or infinity: weights that a training gone wrong has spoilt are whole as a file
+    and still nothing to go back to.
+    """
+    files = _verify_files(path, share)
+    number, shares = share
+    for name in sorted(files)[number::shares]:
+        if name != STATE:
+            for _ in read_tensors(path / name):
+                pass
+    return files
+
+
+def _verify_files(path: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Digest]:
     files = read_manifest(path)
-    for name, expected in files.items():
-        found = digest(path / name)
+    number, shares = share
+    for name in sorted(files)[number::shares]:
+        expected, found = files[name], digest(path / name)
         if found.bytes != expected.bytes:
             raise UserError(f"{path / name} has {found.bytes} bytes, its manifest says {expected.bytes}: it is damaged")
         if found.sha256 != expected.sha256:
@@ -84,38 +137,46 @@ def verify_checkpoint(path: Path) -> dict[str, Digest]:
     return files
 
 
-def load_checkpoint(path: Path) -> Snapshot:
-    """A verified checkpoint, its tensors on the CPU.
+def load_checkpoint(path: Path, slices: Mapping[str, Slice] | None = None) -> Snapshot:
+    """A checkpoint, verified unless it is read by `slices`; its tensors on the CPU.
 
-    Raises UserError when it is damaged or not one, is of another step than its folder's name says, or holds numbers
-    that are not finite: no run could go on from them.
+    `slices`: of the tensors named there only that part is read; whoever reads by parts has verified together. Raises
+    UserError when it is damaged or not one, is of another step than its folder's name says, or holds numbers that are
+    not finite: no run could go on from them.
     """
-    verify_checkpoint(path)
+    files = _verify_files(path) if slices is None else read_manifest(path)
     state = read_json(path / STATE)
     if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise UserError(f"{path / STATE} is not the state of a checkpoint: it has no step")
     named = NAME.fullmatch(path.name)
     if named and int(named[1]) != state["step"]:
         raise UserError(f"{path / STATE} is of step {state['step']}, not of the step in its folder's name")
-    return Snapshot(state["step"], _read_finite(path / MODEL), _read_finite(path / OPTIMIZER), state)
+    model, optimizer = (_read_finite(path, tensor_files(files, kind), slices or {}) for kind in ("model", "optimizer"))
+    return Snapshot(state["step"], model, optimizer, state)
 
 
-def _read_finite(path: Path) -> dict[str, Tensor]:
-    tensors = read_tensors(path)
+def _read_finite(folder: Path, names: list[str], slices: Mapping[str, Slice]) -> dict[str, Tensor]:
+    if len(names) == 1 and not slices:
+        return dict(read_tensors(folder / names[0]))
+    saved = SavedTensors(folder / name for name in names)
+    tensors = {name: saved.read(name, slices.get(name)) for name in saved.names}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise UserError(f"{path}: {name} holds numbers that are not finite; take an earlier checkpoint")
+        check_finite(folder, name, tensor)
     return tensors
 
 
-def latest_good(folder: Path, on_damage: Callable[[CheckpointInfo, str], None]) -> Path | None:
-    """The newest checkpoint that verifies; None when there is none.
+def latest_good(
+    folder: Path | Sequence[CheckpointInfo],
+    on_damage: Callable[[CheckpointInfo, str], None],
+    verify: Callable[[Path], object] = verify_checkpoint,
+) -> Path | None:
+    """The newest checkpoint of a folder, or of `list_checkpoints`, that verifies; None when there is none.
 
     `on_damage` is told of every newer one that is passed over, and why: going back is never silent.
     """
-    for info in reversed(list_checkpoints(folder)):
+    for info in reversed(list_checkpoints(folder) if isinstance(folder, Path) else folder):
         try:
-            verify_checkpoint(info.path)
+            verify(info.path)
         except UserError as error:
             on_damage(info, str(error))
         else:
@@ -129,38 +190,80 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     A whole checkpoint of the same step is left as it is; a damaged one is replaced. Raises UserError when the disk is
     full.
     """
+    assert snapshot.part is None, "a part of a checkpoint is no checkpoint"
+    if prepare(folder, snapshot.step):
+        with abandoned_on_error(folder, snapshot.step):
+            commit(folder, snapshot, write_tensor_files(folder, snapshot))
+    return folder / checkpoint_name(snapshot.step)
+
+
+def partial_folder(folder: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return folder / f".{checkpoint_name(step)}.partial"
+
+
+def prepare(folder: Path, step: int) -> bool:
+    """Make the empty folder that a checkpoint is written into; False when a whole one of the step is there already.
+
+    Raises UserError when it cannot be made.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / checkpoint_name(snapshot.step)
-    partial = folder / f".{final.name}.partial"
+    final, partial = folder / checkpoint_name(step), partial_folder(folder, step)
     if os.path.lexists(final):
         try:
             verify_checkpoint(final)
         except UserError:
             _remove(final)
         else:
-            return final
-    try:
+            return False
+    with abandoned_on_error(folder, step):
         if os.path.lexists(partial):
             shutil.rmtree(partial)
         os.mkdir(partial)  # noqa: PTH102  (all writing goes through `os`, where the tests inject faults)
-        state = json.dumps(snapshot.state, indent=1, ensure_ascii=False, allow_nan=False).encode()
-        files = {
-            MODEL: write_tensors(partial / MODEL, snapshot.model),
-            OPTIMIZER: write_tensors(partial / OPTIMIZER, snapshot.optimizer),
-            STATE: write_bytes(partial / STATE, state),
-        }
-        manifest = {"format": FORMAT, "files": {name: entry._asdict() for name, entry in files.items()}}
-        write_bytes(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
-        sync_folder(partial)
-        os.rename(partial, final)  # noqa: PTH104
-        sync_folder(folder)
+    return True
+
+
+def write_tensor_files(folder: Path, snapshot: Snapshot) -> dict[str, Digest]:
+    """Write the tensors of a snapshot into the folder that `prepare` made; sizes and checksums by file name."""
+    partial, part = partial_folder(folder, snapshot.step), snapshot.part
+    snapshot.ready()
+    found = {}
+    for kind, whole_name, tensors in (
+        ("model", MODEL, snapshot.model),
+        ("optimizer", OPTIMIZER, snapshot.optimizer),
+    ):
+        if part is None:
+            found[whole_name] = write_tensors(partial / whole_name, tensors)
+            continue
+        name = part_name(kind, part.number, part.parts)
+        slices = {name: part.slices[name] for name in tensors if name in part.slices}
+        found[name] = write_tensors(partial / name, tensors, parts_metadata(slices))
+    return found
+
+
+def commit(folder: Path, snapshot: Snapshot, files: Mapping[str, Digest]) -> None:
+    """Add state and manifest to the tensor files, and make the checkpoint visible by one rename."""
+    partial = partial_folder(folder, snapshot.step)
+    state = json.dumps(snapshot.state, indent=1, ensure_ascii=False, allow_nan=False).encode()
+    every = {**files, STATE: write_bytes(partial / STATE, state)}
+    manifest = {"format": FORMAT, "files": {name: entry._asdict() for name, entry in every.items()}}
+    write_bytes(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+    sync_folder(partial)
+    os.rename(partial, folder / checkpoint_name(snapshot.step))  # noqa: PTH104
+    sync_folder(folder)
+
+
+@contextmanager
+def abandoned_on_error(folder: Path, step: int) -> Iterator[None]:
+    """Removes the half-written checkpoint when the disk fails, and says so in a UserError."""
+    try:
+        yield
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial_folder(folder, step), ignore_errors=True)
         raise UserError(
-            f"the checkpoint of step {snapshot.step} could not be written to {folder}: {error.strerror or error}; "
+            f"the checkpoint of step {step} could not be written to {folder}: {error.strerror or error}; "
             "earlier checkpoints are unchanged"
         ) from error
-    return final
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> list[int]:

@@ -1,5 +1,7 @@
 """Evaluations between steps: when each is due, and running one so that training goes on as if it had not been."""
 
+from contextlib import nullcontext
+
 import torch
 
 from trinity.base import dist
@@ -23,7 +25,8 @@ def evaluate(job: TrainJob, evaluation: Evaluation, step: int, journal: Journal)
     model, training = job.model, job.model.training
     device = next(model.parameters()).device
     model.eval()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+    whole = nullcontext() if job.sharding is None else job.sharding.whole_rows()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), whole:
         outcome = evaluation.run(model, step)
     model.train(training)
     for record in outcome.metrics:

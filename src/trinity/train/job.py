@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trinity.base.rundir import RunDir
 from trinity.config import RunConfig, StageConfig
 from trinity.optim.schedule import StepPlan
+from trinity.parallel.shard import Sharding
 from trinity.train.losses import LossFunction
 
 Record = dict[str, Any]
@@ -125,6 +126,8 @@ class TrainJob:
     about: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the start and resume events: the environment, the path that each operation takes."""
     progress: Progress = field(default_factory=Silent)
+    sharding: Sharding | None = None
+    """Of a model whose weights are spread over the ranks; without it every rank has a copy."""
 
 
 @dataclass(frozen=True)

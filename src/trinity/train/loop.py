@@ -6,6 +6,7 @@ all.
 """
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from trinity.train import resume
 from trinity.train.evaluating import evaluate, is_due
 from trinity.train.guard import GuardPolicy, SpikeGuard
 from trinity.train.hardware import peak_flops
+from trinity.train.host_copy import HostCopies
 from trinity.train.interrupt import StopSignal
 from trinity.train.job import TrainJob, TrainResult
 from trinity.train.journal import Journal
@@ -59,14 +61,27 @@ class _Loop:
         self.job, self.stop, config = job, stop, job.config
         self.device = next(job.model.parameters()).device
         dtype = getattr(torch, config.runtime.dtype)
-        self.masters = MasterWeights(job.model, dtype if config.runtime.master_weights else torch.float32)
+        # A sharded model gathers its weights in that type by itself.
+        copies = config.runtime.master_weights and job.sharding is None
+        self.masters = MasterWeights(job.model, dtype if copies else torch.float32)
         self.guard = SpikeGuard(config.guard, self.device)
         self.policy = GuardPolicy(config.guard)
         self.watch = ExpertWatch()
         self.journal = Journal(job)
         self.checkpoints = RunCheckpoints(job, self.journal)
-        self.state = TrainingState(job, self.masters, self.guard, self.policy, self.watch, self.device)
-        self.runner = StepRunner(job.model, job.optimizer, job.loss, config, self.guard, self.masters, self.device)
+        self.copies = HostCopies(self.device)
+        self.state = TrainingState(job, self.masters, self.guard, self.policy, self.watch, self.copies, self.device)
+        self.runner = StepRunner(
+            job.model,
+            job.optimizer,
+            job.loss,
+            config,
+            self.guard,
+            self.masters,
+            self.device,
+            job.sharding,
+            before_update=self.copies.protect,
+        )
         self.flops = config.model.flops_per_token(job.stage_config.seq_len)
         self.peak, self.peak_source = peak_flops(self.device, dtype)
         # A GPU is given the next step before the last one's numbers are read; on a CPU there is nothing to overlap.
@@ -100,6 +115,7 @@ class _Loop:
     def close(self) -> None:
         """Give the model its float32 parameters back, and let a save under way end; called however the run ends."""
         self.checkpoints.join()
+        self.copies.close()
         self.masters.restore()
 
     def _leave(self, signal: str) -> TrainResult:
@@ -131,7 +147,7 @@ class _Loop:
             self._jump(planned)
         else:
             started = time.perf_counter()
-            rows = self.job.source.next_batch(planned.step)
+            rows = self._batch(planned)
             self.guard.enter_phase(planned.phase)
             dist.place.arrive(f"step {planned.step + 1}")
             packed = self.runner.run(planned, rows, stop=self.stop.received is not None)
@@ -139,8 +155,13 @@ class _Loop:
         self.step += 1
         return True
 
+    def _batch(self, planned: PlannedStep) -> Sequence[Any]:
+        """This rank's micro-batches, of rows that are spread over ranks its part."""
+        rows, sharding = self.job.source.next_batch(planned.step), self.job.sharding
+        return rows if sharding is None else [sharding.take(batch) for batch in rows]
+
     def _jump(self, planned: PlannedStep) -> None:
-        rows = self.job.source.next_batch(planned.step)
+        rows = self._batch(planned)
         self._event("jump", step=planned.step + 1, **documents(self.job, rows, None))
         nothing = dict.fromkeys(("loss", "ce", "z_loss", "sequence_loss", "grad_norm"))
         self.journal.metric({**step_head(self.job, planned), **nothing, "skipped": True, "jumped": True})
@@ -234,6 +255,7 @@ class _Loop:
         if not self.job.config.checkpoint.enabled:
             return
         dist.place.arrive(f"the checkpoint after step {self.step}")
+        self.checkpoints.wait()  # the last copy must be on the disk before the next one takes its place
         snapshot = self.state.capture(Position(self.step, self.finished), self._tokens(), copy=not wait)
         self.checkpoints.save(snapshot, wait=wait)
         self.policy.checkpoint_written(self.step)
@@ -241,7 +263,8 @@ class _Loop:
     def _open(self) -> None:
         """Start, or resume from the newest whole checkpoint."""
         job = self.job
-        changed, path = dist.on_main(self._find_start)
+        changed = dist.on_main(lambda: resume.open_settings(job.run_dir, job.config, job.stage))
+        path = self.checkpoints.newest()
         if path is not None:
             self._restore(path)
         self.journal.forget_after(self.step)
@@ -251,16 +274,11 @@ class _Loop:
                 for evaluation in job.evaluations:
                     if evaluation.at_start:
                         evaluate(job, evaluation, 0, self.journal)
-            parameters = sum(p.numel() for p in job.model.parameters())
+            parameters = job.config.model.num_params()
             self._event("start", parameters=parameters, steps=len(job.plan), **peak)
-            self._save(wait=False)
+            self._save(wait=not job.config.checkpoint.asynchronous)
         else:
             self._event("resume", checkpoint=f"checkpoints/{path.name}", changed=changed, **peak)
-
-    def _find_start(self) -> tuple[list[str], Path | None]:
-        """The settings that changed since the run's start, and the checkpoint to resume from. On the main rank."""
-        changed = resume.open_settings(self.job.run_dir, self.job.config, self.job.stage)
-        return changed, self.checkpoints.newest()
 
     def _restore(self, path: Path) -> None:
         position = self.state.restore(path)

@@ -1,6 +1,8 @@
 """The manifest of a checkpoint, and reading JSON that a stranger may have written."""
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,18 @@ from trinity.train.tensorfile import Digest
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)
+PART = re.compile(r"(model|optimizer)-(\d{5})-of-(\d{5})\.safetensors")
 FORMAT = 1
-MANIFEST_BYTES = 1 << 20
+MANIFEST_BYTES = 1 << 21
 """A manifest is smaller than this by far."""
 
 
 def read_manifest(path: Path) -> dict[str, Digest]:
-    """Sizes and checksums by file name. Raises UserError when it is missing or names anything but the three files."""
+    """Sizes and checksums by file name.
+
+    Raises UserError when it is missing or names anything but the files of a checkpoint: three, or with the tensors in
+    parts one of either kind for each part.
+    """
     manifest = path / MANIFEST
     if manifest.is_symlink():
         raise UserError(f"{manifest} is a link; a checkpoint holds plain files only")
@@ -25,13 +32,33 @@ def read_manifest(path: Path) -> dict[str, Digest]:
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("files"), dict):
         raise UserError(f"{manifest} is not a manifest of format {FORMAT}")
     files = data["files"]
-    if sorted(files) != sorted(FILES):
+    if sorted(files) != sorted(FILES) and not _is_in_parts(files):
         raise UserError(f"{manifest} names the files {sorted(map(str, files))}; a checkpoint has {', '.join(FILES)}")
     for name, entry in files.items():
         fields = entry if isinstance(entry, dict) else {}
         if type(fields.get("bytes")) is not int or not isinstance(fields.get("sha256"), str):
             raise UserError(f"{manifest} gives no size and checksum for {name}")
     return {name: Digest(entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+
+
+def part_name(kind: str, number: int, parts: int) -> str:
+    """File name of part `number` (from 0) of "model" or "optimizer"."""
+    return f"{kind}-{number:05d}-of-{parts:05d}.safetensors"
+
+
+def tensor_files(names: Iterable[str], kind: str) -> list[str]:
+    """The files among those of a manifest that hold the tensors of "model" or "optimizer"."""
+    return sorted(name for name in names if name == f"{kind}.safetensors" or name.startswith(f"{kind}-"))
+
+
+def _is_in_parts(names: Iterable[str]) -> bool:
+    found = set(names)
+    parts = {match[3] for name in found if (match := PART.fullmatch(name))}
+    if len(parts) != 1:
+        return False
+    count = int(parts.pop())
+    every = {part_name(kind, number, count) for kind in ("model", "optimizer") for number in range(count)}
+    return found == every | {STATE}
 
 
 def read_json(path: Path) -> Any:

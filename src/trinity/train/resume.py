@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trinity.base import dist
 from trinity.base.errors import UserError
 from trinity.base.files import atomic_write
 from trinity.base.rundir import RunDir
 from trinity.config import RunConfig, resolve, to_toml
+from trinity.parallel.shard import Sharding
+from trinity.parallel.slices import Slice
+from trinity.train.checkpoint import Part
 from trinity.train.precision import MasterWeights
 
 STAGES = ("pretrain", "extend", "sft", "rl")
@@ -29,6 +31,7 @@ CHANGEABLE = (
     "runtime.threads",
     "runtime.timeout",
     "runtime.compile",
+    "runtime.cuda_graphs",
     "runtime.recompute",
     "runtime.kernels",
     "data.prefetch",
@@ -96,15 +99,42 @@ def model_state(model: nn.Module, masters: MasterWeights) -> dict[str, Tensor]:
     return {**model.state_dict(), **masters.masters()}
 
 
-def to_host(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, sharing no memory with the originals if `copy`. Gathers sharded ones (a collective)."""
-    host = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        host[name] = tensor.to("cpu", copy=copy)
-    return host
+def state_slices(sharding: Sharding, optimizer: Mapping[str, Tensor]) -> dict[str, Slice]:
+    """What each sharded tensor of the model and of the optimizer's state is a part of."""
+    slices = {name: part for name, part in sharding.slices.items() if part.size != part.shape}
+    for key in optimizer:
+        kind = next((kind for kind in _KINDS if key.startswith(kind)), None)
+        name = key.removeprefix(kind or "")
+        if kind is not None and name in slices:
+            slices[key] = slices[name]
+    return slices
+
+
+_KINDS = ("muon.momentum.", "adamw.exp_avg.", "adamw.exp_avg_sq.")
+
+
+def own_part(
+    sharding: Sharding, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Part]:
+    """What this rank saves of model and optimizer: its part of sharded tensors, and on the main rank the others.
+
+    Ranks of other replicas hold the same as those of the first and save nothing.
+    """
+    slices = state_slices(sharding, optimizer)
+    meshes = sharding.meshes
+    part = Part(meshes.shard_rank, meshes.sizes.fsdp, slices, writes=meshes.replica == 0)
+
+    def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not part.writes:
+            return {}
+        return {k: t for k, t in tensors.items() if (t.numel() if k in slices else part.number == 0)}
+
+    return own(model), own(optimizer), part
+
+
+def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, themselves where they are there already."""
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def check_state(target: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
@@ -125,10 +155,7 @@ def check_state(target: Mapping[str, Tensor], saved: Mapping[str, Tensor], where
 def copy_state(target: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Copy saved tensors, which `check_state` has passed, into the present ones by name."""
     for name, tensor in target.items():
-        if isinstance(tensor, DTensor):
-            tensor.copy_(distribute_tensor(saved[name].to(tensor.device), tensor.device_mesh, tensor.placements))
-        else:
-            tensor.copy_(saved[name])
+        tensor.copy_(saved[name])
 
 
 @contextmanager

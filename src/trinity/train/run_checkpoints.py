@@ -10,6 +10,7 @@ from trinity.train.checkpoint import (
     clean_partials,
     latest_good,
     list_checkpoints,
+    prepare,
     verify_checkpoint,
 )
 from trinity.train.job import TrainJob
@@ -17,20 +18,38 @@ from trinity.train.journal import Journal
 from trinity.train.writer import CheckpointWriter
 
 
+def verify_together(path: Path) -> None:
+    """Every rank reads some of the files. Raises UserError on every rank when one differs. A collective."""
+    dist.together(lambda: verify_checkpoint(path, (dist.rank(), dist.world_size())))
+
+
 class RunCheckpoints:
-    """Saves on the main rank and reports each checkpoint as an event once it is committed."""
+    """Saves on the main rank, or on every rank its part; each checkpoint is reported once it is committed."""
 
     def __init__(self, job: TrainJob, journal: Journal) -> None:
         settings = job.config.checkpoint
         self.folder, self._journal = job.run_dir.checkpoints, journal
-        self._writer = CheckpointWriter(self.folder, settings.keep_last, settings.keep_every)
+        self._writer = CheckpointWriter(
+            self.folder,
+            settings.keep_last,
+            settings.keep_every,
+            main=dist.is_main(),
+            timeout=job.config.runtime.timeout,
+        )
         self.saved_step = -1
         """Of the newest checkpoint, written, being written or restored; -1: none."""
 
     def save(self, snapshot: Snapshot, *, wait: bool) -> None:
-        """Save a snapshot whose tensors nobody changes any more, unless `wait`."""
+        """Save a snapshot whose tensors nobody changes any more, unless `wait`. A collective."""
         self._journal.flush()
-        if dist.is_main():
+        if snapshot.part is not None:
+            # Every rank is through with the checkpoint before, and none writes before there is a folder to write to.
+            dist.together(self._writer.wait)
+            if dist.on_main(lambda: prepare(self.folder, snapshot.step)) and snapshot.part.writes:
+                self._writer.save(snapshot, wait=wait)
+            if wait:
+                dist.together(self._writer.wait)
+        elif dist.is_main():
             self._writer.save(snapshot, wait=wait)
         self.saved_step = snapshot.step
 
@@ -40,8 +59,8 @@ class RunCheckpoints:
             self._journal.event("checkpoint", step=info.step, path=f"checkpoints/{info.path.name}", bytes=info.bytes)
 
     def wait(self) -> None:
-        """Wait for the save under way, on every rank. Raises what went wrong in it."""
-        dist.on_main(self._writer.wait)
+        """Wait for the save under way, on every rank. Raises what went wrong in it on any."""
+        dist.together(self._writer.wait)
         self.report()
 
     def join(self) -> None:
@@ -49,34 +68,31 @@ class RunCheckpoints:
         self._writer.join()
 
     def whole(self, step: int) -> dict[int, Path]:
-        """Folders of the checkpoints that verify, by step, oldest first; the others are reported at `step`."""
-
-        def find() -> dict[int, Path]:
-            found = {}
-            for info in list_checkpoints(self.folder):
-                try:
-                    verify_checkpoint(info.path)
-                except UserError as error:
-                    self._report_damage(info, str(error), step)
-                else:
-                    found[info.step] = info.path
-            return found
-
-        return dist.on_main(find)
+        """Folders of the checkpoints that verify, by step, oldest first; the others are reported at `step`. A
+        collective."""
+        found = {}
+        for info in dist.on_main(lambda: list_checkpoints(self.folder)):
+            try:
+                verify_together(info.path)
+            except UserError as error:
+                self._report_damage(info, str(error), step)
+            else:
+                found[info.step] = info.path
+        return found
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint, on the main rank; None in a new run.
+        """The newest whole checkpoint; None in a new run. A collective.
 
         Raises UserError when there are checkpoints and none is whole: the run must not start over silently.
         """
-        clean_partials(self.folder)
+        dist.on_main(lambda: clean_partials(self.folder))
         damaged: list[str] = []
 
         def report(info: CheckpointInfo, reason: str) -> None:
             damaged.append(reason)
             self._report_damage(info, reason, step=0)
 
-        path = latest_good(self.folder, report)
+        path = latest_good(dist.on_main(lambda: list_checkpoints(self.folder)), report, verify_together)
         if path is None and damaged:
             raise UserError(f"no checkpoint in {self.folder} is whole; the newest: {damaged[0]}")
         return path

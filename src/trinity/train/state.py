@@ -4,15 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from trinity.base import dist
 from trinity.base.errors import UserError
 from trinity.train import resume
 from trinity.train.checkpoint import Snapshot, load_checkpoint
 from trinity.train.guard import GuardPolicy, SpikeGuard
+from trinity.train.host_copy import HostCopies
 from trinity.train.job import TrainJob
 from trinity.train.manifest import MODEL, OPTIMIZER, STATE
 from trinity.train.metrics import ExpertWatch
 from trinity.train.precision import MasterWeights
+from trinity.train.run_checkpoints import verify_together
 
 
 @dataclass
@@ -34,10 +38,15 @@ class TrainingState:
     guard: SpikeGuard
     policy: GuardPolicy
     watch: ExpertWatch
+    copies: HostCopies
     device: torch.device
 
     def capture(self, position: Position, tokens: int, *, copy: bool) -> Snapshot:
-        """The present state on the CPU, sharing no memory with what trains if `copy`. A collective."""
+        """The present state on the CPU, of sharded tensors this rank's part. A collective.
+
+        With `copy` training may go on: what it holds is overwritten by the next such call and by nothing else. Without,
+        it may share memory with what trains. Ranks that save nothing hold nothing.
+        """
         job = self.job
         state = {
             "step": position.step,
@@ -52,13 +61,33 @@ class TrainingState:
             "config": job.config.model_dump(mode="json"),
             "torch": torch.__version__,
         }
-        model = resume.to_host(resume.model_state(job.model, self.masters), copy=copy)
-        optimizer = resume.to_host(job.optimizer.state_dict(), copy=copy)
-        return Snapshot(position.step, model, optimizer, resume.frozen_json(state))
+        model, optimizer, part = self._model(), job.optimizer.state_dict(), None
+        if job.sharding is not None:
+            model, optimizer, part = resume.own_part(job.sharding, model, optimizer)
+        elif not dist.is_main():
+            model, optimizer = {}, {}
+        frozen = resume.frozen_json(state)
+        if not copy:
+            return Snapshot(position.step, resume.to_host(model), resume.to_host(optimizer), frozen, part)
+        files = ((MODEL, model), (OPTIMIZER, optimizer))
+        taken = self.copies.take({(file, name): t for file, tensors in files for name, t in tensors.items()})
+        model, optimizer = ({n: t for (f, n), t in taken.tensors.items() if f == file} for file, _ in files)
+        return Snapshot(position.step, model, optimizer, frozen, part, taken.ready)
+
+    def _model(self) -> dict[str, Tensor]:
+        if self.job.sharding is not None:
+            return self.job.sharding.state()
+        return resume.model_state(self.job.model, self.masters)
 
     def restore(self, path: Path) -> Position:
-        """Take over a checkpoint. Raises UserError when it is damaged or of another stage, plan, model or data."""
-        snapshot = load_checkpoint(path)
+        """Take over a checkpoint of any layout. Raises UserError when it is damaged or of another stage, plan, model
+        or data. A collective."""
+        slices = None
+        if dist.world_size() > 1:
+            verify_together(path)
+            sharding = self.job.sharding
+            slices = {} if sharding is None else resume.state_slices(sharding, self.job.optimizer.state_dict())
+        snapshot = dist.together(lambda: load_checkpoint(path, slices))
         with resume.refuse_malformed(path / STATE):
             return self._take_over(path, snapshot)
 
@@ -71,7 +100,7 @@ class TrainingState:
         for name, value in job.fingerprints.items():
             if state["fingerprints"].get(name) != value:
                 raise UserError(f"{path} was trained with another {name} than this run has (their fingerprints differ)")
-        model = resume.model_state(job.model, self.masters)
+        model = self._model()
         resume.check_state(model, snapshot.model, str(path / MODEL))
         resume.check_state(job.optimizer.state_dict(), snapshot.optimizer, str(path / OPTIMIZER))
         resume.copy_state(model, snapshot.model)

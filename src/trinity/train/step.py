@@ -3,22 +3,23 @@
 Nothing here waits for the device; `Packed.read` does, when the loop asks for the step's numbers.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trinity.base import dist
 from trinity.config import RunConfig
 from trinity.model.balance import apply_balance, needs_margins
 from trinity.model.transformer import Transformer
 from trinity.optim.schedule import PlannedStep
+from trinity.parallel.shard import Sharding
 from trinity.train.guard import SpikeGuard
 from trinity.train.job import Optimizer
+from trinity.train.launch import CAPTURABLE, Graphed, Launched
 from trinity.train.losses import LossFunction, LossOutput, Share, to_device
 from trinity.train.metrics import Packed
 from trinity.train.precision import MasterWeights
@@ -38,11 +39,25 @@ class StepRunner:
     guard: SpikeGuard
     masters: MasterWeights
     device: torch.device
+    sharding: Sharding | None = None
+    """Of a model whose weights are spread over ranks; without it ranks hold copies."""
+    before_update: Callable[[], None] = lambda: None
+    """Called when forward and backward passes are done, before parameters, optimizer state and biases change."""
 
     def __post_init__(self) -> None:
         if needs_margins(self.config.balance):
             assert isinstance(self.model, Transformer), f"the model is a {type(self.model).__name__}"
             self.model.record_margins()
+        self.launcher = self._launcher()
+
+    def _launcher(self) -> Launched:
+        alone = dist.world_size() == 1 and self.sharding is None
+        graphs = self.config.runtime.cuda_graphs and self.device.type == "cuda" and alone
+        if graphs and self.loss in CAPTURABLE:
+            masters = self.masters.masters()
+            parameters = [masters.get(name, working) for name, working in self.model.named_parameters()]
+            return Graphed(self.model, self.loss, self.config.loss, parameters)
+        return Launched(self.model, self.loss, self.config.loss)
 
     def run(self, planned: PlannedStep, micro_batches: Sequence[Any], *, stop: bool = False) -> Packed:
         """Take one step; its numbers are on their way to the host when this returns.
@@ -51,18 +66,19 @@ class StepRunner:
         `stop` is shared with the other ranks: the numbers tell whether any of them asked to stop.
         """
         share = step_share(micro_batches, self.device)
-        self.optimizer.zero_grad()
+        self.launcher.begin(self.optimizer.zero_grad)
         totals = Totals()
-        for rows in micro_batches:
-            output = self.loss(self.model, to_device(rows, self.device), share, self.config.loss)
-            output.loss.backward()
-            totals.add(output)
+        for number, rows in enumerate(micro_batches, start=1):
+            if self.sharding is not None:
+                self.sharding.micro_batch(last=number == len(micro_batches))
+            totals.add(self.launcher.run(to_device(rows, self.device), share))
         packed = totals.pack(stop)
 
         gradients = self._gradients()
-        norm = total_norm(gradients)
+        norm = total_norm(gradients.values()) if self.sharding is None else self.sharding.total_norm(gradients)
         verdict = self.guard.judge(packed.device_value("loss"), norm)
-        clip_(gradients, norm, self.config.optim.clip_norm)
+        clip_(list(gradients.values()), norm, self.config.optim.clip_norm)
+        self.before_update()
         self.optimizer.set_lr(planned.lr_scale)
         self.optimizer.step(skip=verdict.skip)
         self.masters.refresh()
@@ -77,22 +93,21 @@ class StepRunner:
         packed.send()
         return packed
 
-    def _gradients(self) -> list[Tensor]:
-        """Gradients of every trainable parameter, summed over ranks where the model is replicated."""
+    def _gradients(self) -> dict[str, Tensor]:
+        """Gradients of every trainable parameter by name, summed over ranks; of sharded ones this rank's part."""
+        if self.sharding is not None:
+            return self.sharding.gradients()
         masters = self.masters.masters()
-        gradients = []
+        gradients = {}
         for name, working in self.model.named_parameters():
             parameter = masters.get(name, working)
             if not parameter.requires_grad:
                 continue
-            replicated = dist.world_size() > 1 and not isinstance(parameter, DTensor)
             if parameter.grad is None:
-                if not replicated:
+                if dist.world_size() == 1:
                     continue
                 parameter.grad = torch.zeros_like(parameter)
-            if replicated:
-                dist.all_reduce_sum(parameter.grad)
-            gradients.append(parameter.grad)
+            gradients[name] = dist.all_reduce_sum(parameter.grad)
         return gradients
 
 
@@ -142,19 +157,9 @@ class Totals:
 
 @torch.no_grad()
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all gradients together, float32 scalar, the same on every rank.
-
-    Sharded gradients may live on different meshes (experts on one, the rest on another): one norm per mesh, then
-    combined.
-    """
-    meshes: dict[Any, list[Tensor]] = {}
-    for gradient in gradients:
-        meshes.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
-    assert meshes, "no parameter has a gradient"
-    norms = []
-    for mesh, group in meshes.items():
-        norm = torch.stack(torch._foreach_norm(group, 2, dtype=torch.float32)).norm()
-        norms.append(norm.full_tensor() if mesh is not None and isinstance(norm, DTensor) else norm)
+    """Euclidean norm of all gradients together, float32 scalar (`Sharding.total_norm` where they are sharded)."""
+    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
+    assert norms, "no parameter has a gradient"
     return torch.stack(norms).norm()
 
 
@@ -162,8 +167,7 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
 def clip_(gradients: list[Tensor], norm: Tensor, largest: float) -> None:
     """Scale all gradients in place so that their total norm is at most `largest`."""
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    plain = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    torch._foreach_mul_(plain, factor)
+    torch._foreach_mul_(gradients, factor)
 
 
 def bias_stats(model: nn.Module) -> Mapping[str, Tensor]:

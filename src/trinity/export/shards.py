@@ -1,0 +1,74 @@
+"""A training checkpoint -> a public model directory, tensor by tensor: no model is built and nothing is gathered."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from trinity.base.errors import UserError
+from trinity.base.files import read_json
+from trinity.config import ModelConfig
+from trinity.export.afmoe import public_config, write_beside, write_card
+from trinity.export.files import TensorFiles
+from trinity.export.folder import check_replaceable, folder_aside
+from trinity.export.formats import find_format
+from trinity.export.keys import Piece, our_shapes, pieces
+from trinity.export.oracle import oracle_forward
+from trinity.export.parity import ParityError, ParityReport, prompts
+from trinity.export.reading import read_piece
+from trinity.export.writing import write_weights
+from trinity.parallel.saved import SavedTensors
+from trinity.parallel.slices import Slice
+from trinity.tokenizer import Tokenizer
+
+SHARD_BYTES = 1_000_000_000
+"""Of each written file, and with it of the memory that an export takes."""
+
+
+def export_shards(
+    saved: SavedTensors,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    out_dir: Path | str,
+    *,
+    dtype: str = "bfloat16",
+    max_shard_bytes: int = SHARD_BYTES,
+    origin: Mapping[str, str] | None = None,
+    force: bool = False,
+) -> ParityReport:
+    """Write the weights of a checkpoint, whole or in parts, as `out_dir`, for models that no host can hold.
+
+    Every tensor is read back and compared; an independent forward pass with one tensor in memory must give finite
+    logits. The logits of the trained model itself are not compared: `export_afmoe` does that where it fits. Raises
+    UserError when the checkpoint is of another shape than `config`, ParityError when a tensor comes back otherwise.
+    """
+    out_dir, chosen = Path(out_dir), find_format(dtype)
+    shapes = our_shapes(config)
+    for name, shape in shapes.items():
+        if name not in saved or saved.shape(name) != shape:
+            found = f"has shape {list(saved.shape(name))}" if name in saved else "is missing"
+            raise UserError(f"{name} {found} in the checkpoint, but the model's settings say {list(shape)}")
+    check_replaceable(out_dir, force=force)
+
+    def read(piece: Piece) -> torch.Tensor:
+        shape = shapes[piece.ours]
+        if piece.expert is None:
+            return saved.read(piece.ours, Slice(shape, (piece.start, *[0] * (len(shape) - 1)), piece.shape))
+        part = Slice(shape, (piece.expert, piece.start, 0), (1, *piece.shape))
+        return saved.read(piece.ours, part)[0]
+
+    public = public_config(config, chosen, tokenizer)
+    with folder_aside(out_dir) as folder:
+        write_weights(read, config, folder, chosen, max_shard_bytes)
+        write_beside(folder, public, config, tokenizer)
+        with TensorFiles(folder, read_json(folder / "config.json").get("quantization_config")) as written:
+            for piece in pieces(config):
+                if not torch.equal(read_piece(written, piece).float(), chosen.rounded(piece.public, read(piece))):
+                    raise ParityError(f"{folder}: {piece.public} comes back with other values than in the checkpoint")
+        rows_BT = prompts(config, tokenizer)
+        if not bool(oracle_forward(folder, rows_BT).logits_BTV.isfinite().all()):
+            raise ParityError(f"{folder}: the logits are not finite")
+        skipped = {"logits": "the trained model was too large to run beside the export; every tensor was compared"}
+        report = ParityReport(rows_BT.numel(), {}, skipped, None)
+        write_card(folder, out_dir.name, config, public, report, tokenizer, origin)
+    return report
