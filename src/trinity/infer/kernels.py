@@ -81,8 +81,8 @@ class _Stream(NamedTuple):
 class Kernels:
     """The model behind the kernels.
 
-    Raises UserError with `fp8` for shapes without whole blocks; `infer.paths.why_not_kernels` tells whether the model is
-    served at all.
+    Raises UserError with `fp8` for shapes without whole blocks; `infer.paths.why_not_kernels` tells whether it
+    serves the model.
     """
 
     def __init__(self, model: Transformer, *, fp8: bool = False, limit: int | None = None) -> None:
