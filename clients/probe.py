@@ -5,10 +5,16 @@
 REQUEST holds {"prompts": [[id, ...], ...], "new_tokens": n}; ANSWER gets {"version", "logprobs": for each prompt the
 log-probability of each of its tokens but the first, "tokens": for each prompt its greedy continuation}.
 """
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import json
 import os
 import sys
+from pathlib import Path
+
+
+def quantized(model: str) -> bool:
+    return "quantization_config" in json.loads(Path(model, "config.json").read_text())
 
 
 def with_transformers(model: str, prompts: list, count: int) -> dict:
@@ -16,7 +22,7 @@ def with_transformers(model: str, prompts: list, count: int) -> dict:
     import transformers
 
     extra = {}
-    if "quantization_config" in json.load(open(os.path.join(model, "config.json"))):
+    if quantized(model):
         extra["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
     network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **extra).eval()
     logprobs, tokens = [], []
@@ -41,7 +47,7 @@ def with_vllm(model: str, prompts: list, count: int) -> dict:
         os.environ.setdefault(name, value)
     import vllm
 
-    fp8 = "quantization_config" in json.load(open(os.path.join(model, "config.json")))
+    fp8 = quantized(model)
     if fp8:
         lift_gate()
     # FP8 products give bfloat16; everything else is exact in float32.
@@ -52,7 +58,7 @@ def with_vllm(model: str, prompts: list, count: int) -> dict:
     logprobs, tokens = [], []
     for output in llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False):
         ids = output.prompt_token_ids
-        logprobs.append([row[token].logprob for row, token in zip(output.prompt_logprobs[1:], ids[1:])])
+        logprobs.append([row[token].logprob for row, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)])
         tokens.append(list(output.outputs[0].token_ids))
     return {"version": vllm.__version__, "logprobs": logprobs, "tokens": tokens}
 
@@ -102,8 +108,6 @@ def with_llama(model: str, prompts: list, count: int) -> dict:
 
 
 def with_mlx(model: str, prompts: list, count: int) -> dict:
-    from pathlib import Path
-
     import mlx.core as mx
     import mlx_lm
     from mlx_lm.models.cache import make_prompt_cache
@@ -130,8 +134,6 @@ ENGINES = {"transformers": with_transformers, "vllm": with_vllm, "llama": with_l
 
 if __name__ == "__main__":
     engine, model, request, answer = sys.argv[1:]
-    with open(request) as file:
-        wanted = json.load(file)
+    wanted = json.loads(Path(request).read_text())
     result = ENGINES[engine](model, wanted["prompts"], wanted["new_tokens"])
-    with open(answer, "w") as file:
-        json.dump(result, file)
+    Path(answer).write_text(json.dumps(result))

@@ -16,7 +16,7 @@ from test_export import random_model
 from trinity.base.errors import UserError
 from trinity.config import ModelConfig
 from trinity.export.afmoe import export_afmoe
-from trinity.export.gguf import check_gguf
+from trinity.export.gguf import check_gguf, export_gguf
 from trinity.export.oracle import oracle_forward
 from trinity.infer.engine import Engine
 from trinity.infer.load import load_model
@@ -95,11 +95,9 @@ def test_float32_exports_are_computed_alike(engine: str, exported: Path, tmp_pat
 
 @pytest.mark.slow
 def test_llama_cpp_computes_a_gguf_alike(exported: Path, tmp_path: Path) -> None:
-    script = (
-        "import sys; from trinity.export.gguf import export_gguf; export_gguf(sys.argv[1], sys.argv[2], dtype='fp32')"
-    )
+    python("llama")
     pytest.importorskip("gguf", reason="gguf is not installed")
-    subprocess.run(["python", "-c", script, exported, tmp_path / "m.gguf"], check=True)
+    export_gguf(exported, tmp_path / "m.gguf", dtype="fp32")
     compare(probe("llama", tmp_path / "m.gguf", tmp_path), exported)
 
 

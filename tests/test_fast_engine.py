@@ -80,7 +80,9 @@ def test_chunks_of_any_shape_equal_the_reference_forward(model: Transformer) -> 
             assert (a - b).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("count", [1, 3, 6])
+@pytest.mark.parametrize(
+    "count", [pytest.param(1), pytest.param(3, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)]
+)
 def test_greedy_answers_equal_the_reference_path(model: Transformer, count: int) -> None:
     """Prompts shorter and longer than the window, few rows and many, answers of unequal lengths, late admission."""
     prompts = [tokens(1 + 4 * i, i) for i in range(count)]
@@ -100,6 +102,7 @@ def test_greedy_answers_equal_the_reference_path(model: Transformer, count: int)
     assert Engine(model, path="reference").describe() == "reference"
 
 
+@pytest.mark.slow  # in the interpreter
 def test_sampled_penalised_and_stopped_answers_equal_the_reference_path(model: Transformer) -> None:
     prompts = [tokens(5, 1), tokens(9, 2), tokens(3, 3)]
     (free,) = Engine(model, path="reference").generate(prompts[:1], GREEDY)
@@ -132,6 +135,7 @@ def test_a_step_is_under_way_when_tokens_are_read(model: Transformer) -> None:
     assert second.completion.tokens == expected.tokens
 
 
+@pytest.mark.slow  # in the interpreter
 def test_the_cache_may_move_and_the_weights_may_change_between_steps(model: Transformer) -> None:
     other = Transformer(TINY)
     other.load_state_dict(model.state_dict())
@@ -149,7 +153,7 @@ def test_the_cache_may_move_and_the_weights_may_change_between_steps(model: Tran
     compare(engine.generate([tokens(4)], GREEDY), reference.generate([tokens(4)], GREEDY))
 
 
-@pytest.mark.parametrize("path", ["reference", "fast"])
+@pytest.mark.parametrize("path", ["reference", pytest.param("fast", marks=pytest.mark.slow)])
 def test_a_cache_in_fp8_is_half_as_large_and_close(model: Transformer, path: str) -> None:
     prompt = tokens(12)
     (exact,) = Engine(model, path="reference").generate([prompt], GREEDY)
@@ -175,6 +179,7 @@ def test_what_the_kernels_do_not_serve_is_refused(model: Transformer) -> None:
         Engine(model, path="reference", fp8_weights=True)
 
 
+@pytest.mark.slow  # in the interpreter
 def test_fp8_weights_give_what_dequantised_weights_give() -> None:
     sizes = {"dim": 128, "num_heads": 2, "num_kv_heads": 2, "head_dim": 64, "ffn_dim": 128, "expert_dim": 128}
     config = TINY.model_copy(update={**sizes, "num_layers": 2, "num_experts": 3})

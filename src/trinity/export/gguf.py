@@ -4,7 +4,6 @@ llama.cpp multiplies embeddings by sqrt(dim) always and makes every fourth layer
 RoPE turns half-split pairs as ours does, so no rows are exchanged. One tensor is in memory at a time.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ def export_gguf(source: Path | str, out: Path | str, *, dtype: str = "bf16", for
     Raises UserError for a model that llama.cpp computes differently, without the `gguf` package, or when `out` exists.
     """
     try:
-        import gguf  # optional
+        import gguf  # type: ignore[import-not-found]  # optional
     except ImportError:
         raise UserError("GGUF needs the gguf package: pip install 'trinity-moe[gguf]'") from None
     source, out = Path(source), Path(out)
@@ -67,7 +66,7 @@ def export_gguf(source: Path | str, out: Path | str, *, dtype: str = "bf16", for
             check_files(files, config)
             writer = gguf.GGUFWriter(partial, "afmoe", use_temp_file=True)
             _settings(gguf, writer, config, out.stem)
-            _vocabulary(gguf, writer, config, tokenizer)
+            _vocabulary(gguf, writer, config, source, tokenizer)
             kinds = gguf.GGMLQuantizationType
             kind = {"fp32": kinds.F32, "bf16": kinds.BF16, "fp16": kinds.F16}[dtype]
             for name, tensor in _tensors(files, config):
@@ -119,12 +118,12 @@ def _settings(gguf: Any, writer: Any, config: ModelConfig, name: str) -> None:
     writer.add_expert_weights_scale(config.route_scale)
 
 
-def _vocabulary(gguf: Any, writer: Any, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+def _vocabulary(gguf: Any, writer: Any, config: ModelConfig, source: Path, tokenizer: Tokenizer | None) -> None:
     """Tokens and merges of our byte-level BPE; ids that the tokenizer does not have are marked unused."""
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    content = json.loads(tokenizer.backend.to_str())
+    content = read_json(source / "tokenizer.json")
     vocab = {**content["model"]["vocab"], **{t["content"]: t["id"] for t in content["added_tokens"]}}
     control = {t["id"] for t in content["added_tokens"] if t["special"]}
     words = [f"[UNUSED{i}]" for i in range(config.vocab_size)]
