@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# Triton's language is not typed.
 """Triton kernels against the plain formulas, forward and gradients: interpreted on a CPU, compiled on a GPU."""
 
 import pytest
@@ -14,7 +16,7 @@ from trinity.ops.cross_entropy import IGNORE, reference_cross_entropy
 from trinity.ops.exact_linear import reference_exact_linear
 from trinity.ops.experts import reference_experts, sort_by_expert
 from trinity.ops.gate import reference_gated_heads
-from trinity.ops.kernels import cross_entropy, elementwise, experts, heads, norm, routing
+from trinity.ops.kernels import cross_entropy, elementwise, experts, heads, muon, norm, routing
 from trinity.ops.rms_norm import reference_residual_norm, reference_rms_norm
 from trinity.ops.swiglu import reference_swiglu
 
@@ -237,3 +239,30 @@ def test_the_preset_fits_the_kernels() -> None:
     model = resolve("nano")[0].model
     assert model.dim % 8 == model.expert_dim % 8 == 0
     assert model.head_dim & (model.head_dim - 1) == 0
+
+
+@pytest.mark.parametrize("skipped", [None, 0.0, 1.0])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muons_two_passes(nesterov: bool, skipped: float | None) -> None:
+    """On rows 2 to 6 of stacked matrices, whose other rows stay as they are."""
+    whole = [leaf(3, 8, 5, seed=seed).detach() for seed in range(3)]
+    grad, momentum, weight = (t[:, 2:6] for t in whole)
+    before = [t.clone() for t in whole]
+    skip = None if skipped is None else torch.tensor(skipped, device=DEVICE)
+    if skipped:
+        grad[0, 0, 0] = float("nan")
+    out = torch.empty(3, 4, 5, device=DEVICE)
+    muon.direction(grad, momentum, skip, out, beta=0.9, nesterov=nesterov)
+    muon.move(weight, out, skip, rate=0.1, decay=0.01)
+    if skipped:
+        assert torch.equal(whole[1], before[1])
+        assert torch.equal(whole[2], before[2])
+        return
+    moved = torch.lerp(before[1][:, 2:6], before[0][:, 2:6], 0.1)
+    update = torch.lerp(before[0][:, 2:6], moved, 0.9) if nesterov else moved
+    torch.testing.assert_close(momentum, moved)
+    torch.testing.assert_close(out, update)
+    torch.testing.assert_close(weight, before[2][:, 2:6] * 0.99 - 0.1 * update)
+    for t, b in zip(whole, before, strict=True):
+        assert torch.equal(t[:, :2], b[:, :2])
+        assert torch.equal(t[:, 6:], b[:, 6:])

@@ -38,6 +38,9 @@ GATE_PARAMS = 10_000_000_000
 """Of a model trained by several processes, up to this size the export compares logits, for which one process holds
 three copies in float32 on the CPU; beyond it compares tensors."""
 
+GATHERED_SHARE = 0.4
+"""Of a GPU's memory that all weights may take for an evaluation that generates; beyond it those are left out."""
+
 SILENT = Silent()
 
 
@@ -64,6 +67,15 @@ class Stage:
     @property
     def data_size(self) -> int:
         return self.sharding.meshes.data_size if self.sharding else 1
+
+    @property
+    def generates(self) -> bool:
+        """Whether all weights of a replica fit beside the training state of this process, as generation needs them."""
+        if self.sharding is None or self.device.type != "cuda":
+            return True
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        needed = self.sharding.gathered_bytes(getattr(torch, self.config.runtime.dtype))
+        return needed <= GATHERED_SHARE * memory
 
     def gathered(self) -> AbstractContextManager[None]:
         """All weights on this process, for code that calls parts of the model instead of the whole."""
@@ -94,6 +106,7 @@ def about(stage: Stage) -> dict[str, Any]:
     return {
         "environment": environment,
         "paths": stage.model.paths(layout),
+        "generates": stage.generates,
         "optimizer": [list(row) for row in stage.optimizer.table()],
     }
 

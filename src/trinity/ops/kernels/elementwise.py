@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# Triton's language is not typed.
 """Sums and splits of one pass over memory."""
 
 import torch

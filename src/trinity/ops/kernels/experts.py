@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# Triton's language is not typed.
 """The routed experts around `grouped_mm`: gather rows, weighted SwiGLU, add rows up; one autograd node for all of it.
 
 A token's weight is applied to the hidden activation (width F) rather than to the output (width D): the product with

@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# Triton's language is not typed.
 """What attention does to the fused projection before and after the attention itself.
 
 `SplitHeads` takes [B, T, (2H + 2G) K], channels in the order q, k, v, gate: queries and keys are normalised and turned,

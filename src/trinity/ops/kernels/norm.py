@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# Triton's language is not typed.
 """RMSNorm, alone and fused with the residual sum of a sandwich. Suffix P: programs that keep partial sums."""
 
 import torch

@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# Triton's language is not typed.
 """Choosing experts and measuring the choice, on fp32 logits [N, E]; a block of rows a program.
 
 Scores are computed again from the logits wherever they are needed: [N, E] is read, never kept twice.
