@@ -7,9 +7,13 @@ import pytest
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import layouts
+from processes import run
+from trinity.base.dist import local
 from trinity.base.errors import UsageError
 from trinity.cli import main
 from trinity.config import ModelConfig, RunConfig, resolve
+from trinity.parallel.ledger import Ledger
 from trinity.parallel.split import RowSplit, halo
 from trinity.train.rehearsal import Rehearsal, rehearse
 
@@ -126,6 +130,54 @@ def test_large_on_2048_ranks() -> None:
 def test_a_256k_extension() -> None:
     settings = config(*EXTEND_LAYOUT)
     check_extension(rehearse(settings, "extend", EXTEND_RANKS), settings.model)
+
+
+Step = tuple[dict[str, int], dict[str, tuple[int, int]]]
+"""Bytes that live after a step, and messages and bytes by operation."""
+
+
+def real_steps(rank: int, several: list[dict[str, int]]) -> list[Step]:
+    return [real_step(layout) for layout in several]
+
+
+def real_step(layout: dict[str, int]) -> Step:
+    training = layouts.Training(layouts.config(), torch.device("cpu"), layout)
+    training.optimizer.zero_grad()
+    ledger = Ledger()
+    with ledger.watching():
+        training.step(0)
+    kept = {
+        "parameters": sum(local(p).nbytes for p in training.model.parameters()),
+        "gradients": sum(local(p.grad).nbytes for p in training.model.parameters() if p.grad is not None),
+        "optimizer_state": sum(t.nbytes for t in training.optimizer.state_dict().values() if t.ndim),
+    }
+    traffic: dict[str, tuple[int, int]] = {}
+    for (_, operation, _), entry in ledger.traffic.items():
+        if entry.ranks > 1:
+            messages, sent = traffic.get(operation, (0, 0))
+            traffic[operation] = messages + entry.messages, sent + entry.sent
+    return kept, traffic
+
+
+def test_a_real_step_moves_what_the_rehearsal_said() -> None:
+    several = [{"context": 2}, {"expert": 2}]
+    ranks = run(real_steps, 2, several)
+    for number, layout in enumerate(several):
+        settings = layouts.config(*(f"parallel.{name}={size}" for name, size in layout.items()))
+        found = rehearse(settings, "pretrain", 2)
+        compare(found, *ranks[found.rank][number])
+
+
+def compare(found: Rehearsal, kept: dict[str, int], traffic: dict[str, tuple[int, int]]) -> None:
+    for name, size in kept.items():
+        assert getattr(found, name) == pytest.approx(size, rel=0.02), name
+    assert set(traffic) == {"all-gather", "reduce-scatter", "all-to-all", "all-reduce"}
+    for operation, (messages, sent) in traffic.items():
+        told = [e for e in found.exchanged if operation in e.kind]
+        assert sum(e.messages for e in told) == messages, operation
+        # Tokens go where the routing says, and matrices come back from Muon in float32 here, in bfloat16 from a GPU.
+        if operation != "all-to-all":
+            assert sum(e.bytes_sent for e in told) == pytest.approx(sent, rel=1e-6), operation
 
 
 def test_the_verb_prints_json_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,3 +91,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
                 break
             raise UserError(f"{path}, line {number} is not JSON") from None
     return records
+
+
+def mend_jsonl(path: Path) -> None:
+    """Drop a last line that a kill cut off, so that the next record does not continue it."""
+    data = path.read_bytes() if path.exists() else b""
+    if data and not data.endswith(b"\n"):
+        with atomic_write(path) as file:
+            file.write(data[: data.rfind(b"\n") + 1])

@@ -87,6 +87,9 @@ data_app.command(
     "prepare", epilog=example("trinity data prepare books/=prose code/=code --tokenizer tok --out shards")
 )(corpus.prepare)
 data_app.command("inspect", epilog=example("trinity data inspect shards"))(corpus.inspect)
+data_app.command(
+    "overlap", epilog=example("trinity data overlap chats.jsonl corpus/ --test bench/gsm8k_test.jsonl.gz")
+)(corpus.overlap)
 data_app.command("verify", epilog=example("trinity data verify shards"))(corpus.verify)
 checkpoints_app.command("ls", epilog=example("trinity checkpoints ls runs/nano"))(runs.list_checkpoints)
 checkpoints_app.command("verify", epilog=example("trinity checkpoints verify runs/nano"))(runs.verify_checkpoints)

@@ -186,3 +186,31 @@ def verify(directory: ShardsArgument, as_json: JsonOption = False) -> None:
     if failures:
         more = f" ({len(failures)} failures in all; --json lists them)" if len(failures) > 1 else ""
         raise UserError(f"{failures[0]}{more}")
+
+
+def overlap(
+    inputs: InputsArgument,
+    test: Annotated[
+        list[Path], typer.Option("--test", help="File of questions (jsonl, plain or gzip); may be repeated.")
+    ],
+    n: Annotated[int, typer.Option("--n", min=2, help="Words of an n-gram.")] = 13,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell which questions of tests stand in training data, by n-grams of words that both have.
+
+    Inputs are texts as for `prepare`, and files of conversations or worked questions.
+    """
+    from trinity.evals.contamination import find_overlap
+
+    found = find_overlap(inputs, test, n)
+    if as_json:
+        print_json(found)
+        return
+    headers = ("test", "questions", "touched", "share", "covered by half", "too short", "such as")
+    rows = []
+    for name, part in found.items():
+        first = part["examples"][0] if part["examples"] else None
+        such = f"{first['id']} in {first['where']}" if first else ""
+        share = f"{100 * part['share']:.2f} %"
+        rows.append((name, part["questions"], part["touched"], share, part["covered_by_half"], part["too_short"], such))
+    print_rows(headers, rows)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trinity.base.errors import UserError
+from trinity.base.errors import UsageError, UserError
 from trinity.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -64,7 +64,31 @@ def evaluate(
     path: Annotated[Path, typer.Argument(help="Model directory, run directory or checkpoint.", metavar="PATH")],
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help="heldout, niah, arithmetic or arithmetic_chat; may be repeated. By default all."),
+        typer.Option(
+            "--task", help="heldout, positions, niah, arithmetic or arithmetic_chat; may be repeated. By default all."
+        ),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", help="Benchmarks to run instead: trinity-base, trinity-instruct or quick."),
+    ] = None,
+    bench: Annotated[
+        list[str] | None, typer.Option("--bench", help="One benchmark, such as mmlu; may be repeated.", metavar="NAME")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Directory of the benchmarks' files.", metavar="DIR")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where the benchmarks' answers are kept; the same call goes on.", metavar="DIR"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions of each benchmark at most.")] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out benchmarks whose files are not there.")
+    ] = False,
+    endpoint: Annotated[
+        str | None,
+        typer.Option("--endpoint", help="Ask an OpenAI-compatible server, PATH being its model.", metavar="URL"),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -80,9 +104,17 @@ def evaluate(
 ) -> None:
     """Evaluate a model.
 
-    Held-out loss (with --shards), retrieval in long contexts (niah) and arithmetic. Settings are those of the run that
-    the model belongs to.
+    Held-out loss by domain and by position (with --shards), retrieval in long contexts (niah) and arithmetic, with the
+    settings of the run that the model belongs to; or benchmarks over local files (--suite or --bench, with --data).
     """
+    if suite is not None or bench:
+        if task or settings or shards is not None:
+            raise UsageError("--suite and --bench stand alone: leave out --task, --set and --shards")
+        _benchmarks(path, suite, bench or [], data, out, limit, skip_missing, endpoint, device, dtype, as_json)
+        return
+    for name, value in (("--data", data), ("--out", out), ("--limit", limit), ("--endpoint", endpoint)):
+        if value is not None:
+            raise UsageError(f"{name} belongs to benchmarks: name a --suite or a --bench")
     from trinity.evals import evaluate_saved
 
     results = evaluate_saved(
@@ -101,6 +133,50 @@ def evaluate(
         print_rows(("task", "measure", "value", "standard error", "samples"), _score_rows(results))
 
 
+def _benchmarks(
+    path: Path,
+    suite: str | None,
+    bench: list[str],
+    data: Path | None,
+    out: Path | None,
+    limit: int | None,
+    skip_missing: bool,
+    endpoint: str | None,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    import os
+
+    from trinity.evals.benchmarks.run import table
+    from trinity.evals.benchmarks.saved import run_saved
+
+    if data is None:
+        raise UsageError("name the directory that holds the benchmarks' files, --data DIR")
+    if out is None:
+        raise UsageError("name a directory for the answers, --out DIR: the same call goes on from there")
+    check_output(out)
+    outcome = run_saved(
+        str(path),
+        data,
+        out,
+        suite=suite,
+        tasks=bench,
+        limit=limit,
+        skip_missing=skip_missing,
+        endpoint=endpoint,
+        key=os.environ.get("OPENAI_API_KEY", ""),
+        device=device,
+        dtype=dtype,
+        on_note=note,
+    )
+    if as_json:
+        print_json(outcome)
+    else:
+        headers = ("benchmark", "metric", "value", "standard error", "samples", "chance", "Trinity Large")
+        print_rows(headers, table(outcome))
+
+
 def _score_rows(results: dict[str, dict[str, Any]]) -> list[tuple[object, ...]]:
     """Held-out loss and bits per byte by domain, retrieval by length, and the other scores."""
     rows: list[tuple[object, ...]] = []
@@ -109,6 +185,12 @@ def _score_rows(results: dict[str, dict[str, Any]]) -> list[tuple[object, ...]]:
             for domain, part in {"all": result, **result["domains"]}.items():
                 rows.append((name, f"loss, {domain}", f"{part['loss']:.4f}", f"{part['standard_error']:.4f}", ""))
                 rows.append((name, f"bits per byte, {domain}", f"{part['bits_per_byte']:.4f}", "", ""))
+            continue
+        if name == "positions":
+            for domain, part in result["domains"].items():
+                for cell in part["positions"]:
+                    place = f"bits per byte, {domain}, {cell['from']:,} to {cell['to']:,}"
+                    rows.append((name, place, f"{cell['bits_per_byte']:.4f}", "", part["documents"]))
             continue
         score = result["score"] if name == "niah" else result["value"]
         rows.append((name, "share right", f"{score:.3f}", f"{result['standard_error']:.3f}", result["samples"]))

@@ -12,6 +12,7 @@ from trinity.data.shards import Shards
 from trinity.evals.suite import SUITE, run_suite
 from trinity.infer.load import load
 
+_ON_SHARDS = {"heldout", "positions"}
 _SEQ_LEN = 4096  # of held-out rows, and
 _MAX_NUMBER = 9  # the largest operand, where no run tells
 
@@ -48,8 +49,8 @@ def evaluate_saved(
     for task in tasks:
         if task not in SUITE:
             raise UsageError(f"there is no task {task!r}; choose from {', '.join(SUITE)}{nearest(task, SUITE)}")
-    names = tuple(tasks) or tuple(name for name in SUITE if name != "heldout" or shards is not None)
-    if "heldout" in names and shards is None:
+    names = tuple(tasks) or tuple(name for name in SUITE if name not in _ON_SHARDS or shards is not None)
+    if _ON_SHARDS & set(names) and shards is None:
         raise UsageError("held-out loss needs shards: name their directory, --shards DIR")
     asked = _asked(path)
     settings, changed = override_eval(asked.eval, overrides)

@@ -25,6 +25,7 @@ from trinity.parallel.muon import MuonExchange
 from trinity.parallel.shard import Sharding, shard_model
 from trinity.tokenizer import Tokenizer
 from trinity.train.checkpoint import checkpoint_name
+from trinity.train.compilation import compile_blocks
 from trinity.train.job import Silent, TrainJob, TrainResult
 from trinity.train.loop import train
 
@@ -155,12 +156,7 @@ def _open_model(config: RunConfig, device: torch.device) -> tuple[Transformer, S
     several = dist.world_size() > 1
     with torch.device("meta") if several else device:
         model = Transformer(config.model, kernels=runtime.kernels, recompute=runtime.recompute)
-    if runtime.compile and device.type == "cuda":
-        # All blocks share one code object: local and global, dense and sparse, with and without gradients, each shape
-        # of an evaluation. Past the limit (8 by default) a block runs uncompiled, with no more than a warning.
-        torch._dynamo.config.recompile_limit = 64
-        for block in model.layers:
-            block.compile()
+    compile_blocks(model, runtime, device)
     if not several:
         return model, None
     if not runtime.master_weights:

@@ -10,45 +10,39 @@ Only what needs a device or a value is stood in for:
   somewhat less.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from trinity.base import dist
 from trinity.base.dist import local
 from trinity.base.errors import UsageError
-from trinity.config import ModelConfig, ParallelSizes, RunConfig, check_parallel
+from trinity.config import ParallelSizes, RunConfig, check_parallel
 from trinity.data.rows import Chunk, Rows, empty_rows, finish_row
-from trinity.model import moe
-from trinity.model.layout import Layout
-from trinity.model.norm import Kernels
-from trinity.model.rope import rotation
-from trinity.model.router import Documents
 from trinity.model.transformer import Transformer
-from trinity.ops import cross_entropy, matmul
-from trinity.ops.key_ranges import KeyRanges
-from trinity.ops.newton_schulz import orthogonalize
-from trinity.ops.swiglu import swiglu
-from trinity.optim import muon
 from trinity.optim.optimizer import MuonAdamW, build_optimizer
 from trinity.optim.schedule import PlannedStep
 from trinity.parallel import context
-from trinity.parallel.expert import AllToAll, ExpertParallel
 from trinity.parallel.ledger import ACTIVATIONS, GRADIENTS, Ledger, Memory
 from trinity.parallel.mesh import Meshes, build_meshes
-from trinity.parallel.muon import MuonExchange, _Batch, _Travel
+from trinity.parallel.muon import MuonExchange
 from trinity.parallel.shard import Sharding, shard_model
 from trinity.parallel.split import RowSplit
 from trinity.train.guard import SpikeGuard
 from trinity.train.losses import Batch, LossOutput, Share, language_model_loss
 from trinity.train.precision import MasterWeights
+from trinity.train.stand_ins import (
+    MetaModel,
+    ShapesContext,
+    fake_group,
+    gpu_paths,
+    own_group,
+    route_evenly,
+    shapes_layout,
+)
 from trinity.train.step import StepRunner
 
 PARAMETERS, OPTIMIZER, WORKING = "parameters", "optimizer state", "working copies"
@@ -125,8 +119,23 @@ def rehearse(config: RunConfig, stage: str, ranks: int) -> Rehearsal:
         )
     micro_rows = min(settings.micro_rows, rows // sizes.data)
     rank = 1 % sizes.context  # a rank in the middle of rows has the most windows to fetch
-    with _fake_group(ranks, rank), _gpu_paths():
+    with fake_group(ranks, rank), gpu_paths():
         return _Rehearsing(config, stage, sizes, split, micro_rows, -(-(rows // sizes.data) // micro_rows), rank).run()
+
+
+def group_names(
+    meshes: Meshes, experts: torch.distributed.ProcessGroup, context: torch.distributed.ProcessGroup
+) -> dict[str, str]:
+    """What the groups of a layout are called in a rehearsal, by their own names. `experts` and `context` are groups of
+    their own: those of the meshes may be one with others, where they have all ranks."""
+    return {
+        meshes.sparse.get_group("replicate").group_name: REPLICAS,
+        meshes.dense.get_group("replicate").group_name: REPLICAS,
+        meshes.sparse.get_group("efsdp").group_name: "expert weights",
+        meshes.dense.get_group("fsdp").group_name: "weights",
+        experts.group_name: "experts",
+        context.group_name: "context",
+    }
 
 
 def _rows_of_step(config: RunConfig, stage: str) -> int:
@@ -157,23 +166,24 @@ class _Rehearsing:
         ranks = self.sizes.world
         meshes = build_meshes(config.parallel, ranks, "cpu") if ranks > 1 else None
         if meshes is not None:
-            self._name_groups(meshes)
+            experts, around = own_group(meshes.expert_group), own_group(meshes.context_group)
+            ledger.groups = group_names(meshes, experts, around)
             if self.sizes.context > 1:  # what is cached must not be fake
                 context.prepare(self.split, meshes.context_rank, config.model.window, torch.device("cpu"))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
-            model = _Meta(config.model, recompute=config.runtime.recompute)
+            model = MetaModel(config.model, recompute=config.runtime.recompute)
         model.mode, sharding, exchange = mode, None, None
         if meshes is None:
             model.to_empty(device="cpu")
         else:
             sharding = shard_model(model, meshes, config.runtime)
-            _route_evenly(model, meshes)
+            route_evenly(model, experts)
             exchange = MuonExchange(sharding, config.model)
         with mode, ledger.watching():
-            model.layout_maker = _layout
+            model.layout_maker = shapes_layout
             if meshes is not None and self.sizes.context > 1:
-                model.layout_maker = _Context(meshes.context_group, self.sizes.context_order)
+                model.layout_maker = ShapesContext(around, self.sizes.context_order)
             optimizer = build_optimizer(model, config.model, config.optim, exchange)
             parameters = [local(p.detach()) for p in model.parameters()]
             ledger.claim(PARAMETERS, parameters)
@@ -222,17 +232,6 @@ class _Rehearsing:
         )
         self.ledger.reset_peak()
         self.ledger.phase = UPDATE
-
-    def _name_groups(self, meshes: Meshes) -> None:
-        names = {
-            "weights": meshes.dense.get_group("fsdp"),
-            "expert weights": meshes.sparse.get_group("efsdp"),
-            "experts": meshes.expert_group,
-            "context": meshes.context_group,
-            REPLICAS: meshes.dense.get_group("replicate"),
-        }
-        self.ledger.groups = {group.group_name: name for name, group in reversed(names.items())}
-        self.ledger.groups[meshes.sparse.get_group("replicate").group_name] = REPLICAS
 
     def _rows(self) -> Rows:
         rows = empty_rows(self.micro_rows, self.split.seq_len)
@@ -293,7 +292,7 @@ _KINDS = {
     (MICRO_BATCH, "reduce-scatter", "context"): "reduce-scatter of their gradients",
     (MICRO_BATCH, "all-reduce", "context"): "all-reduce of documents' counts",
     (MICRO_BATCH, "all-reduce", "all ranks"): "all-reduce of routers' gradients and counts",
-    (MICRO_BATCH, "all-reduce", "weights"): "all-reduce of the norm",
+    (MICRO_BATCH, "all-reduce", "weights"): "all-reduce of the norm, and what all ranks sum",
     (UPDATE, "all-to-all", "weights"): "all-to-all of Muon's matrices",
     (UPDATE, "all-to-all", "expert weights"): "all-to-all of Muon's matrices",
 }
@@ -320,115 +319,3 @@ class _Watched:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._optimizer.load_state_dict(state)
-
-
-# Stand-ins
-
-
-class _Meta(Transformer):
-    """A model on the meta device, which shards fast, and whose weights then become fake ones on a device."""
-
-    mode: FakeTensorMode
-
-    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
-        with self.mode:
-            return super().to_empty(device=device, recurse=recurse)
-
-
-def _stack(batch: _Batch, flat: Tensor) -> Tensor:
-    """As `_Batch.stack`, without a copy for each of up to thousands of ranks."""
-    return flat.new_empty(len(batch.owned[batch.rank]), batch.rows, batch.columns)
-
-
-def _send_back(batch: _Batch, stack: Tensor) -> _Travel:
-    return _Travel(stack.new_empty(sum(batch.takes)), batch.takes, batch.sends, batch.group)
-
-
-class _Attention:
-    """Keeps for the backward pass what FlexAttention keeps."""
-
-    def attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0].transpose(1, 2)
-
-    def describe(self) -> str:
-        return "shapes of attention"
-
-
-def _layout(
-    config: ModelConfig,
-    shape: tuple[int, int],
-    device: torch.device,
-    kernels: Kernels,
-    segments_BT: Tensor | None = None,
-    positions_BT: Tensor | None = None,
-) -> Layout:
-    """As `make_layout`, with attention in shapes and as many documents as a GPU reckons with."""
-    del kernels
-    assert positions_BT is not None
-    tokens = shape[0] * shape[1]
-    real_N = None if segments_BT is None else segments_BT.flatten() >= 0
-    documents = Documents(torch.zeros(tokens, dtype=torch.int64, device=device), tokens, real_N)
-    turn = rotation(positions_BT, config.head_dim, config.rope_theta)
-    return Layout(turn, _Attention(), _Attention(), documents)
-
-
-class _Context(context.ContextLayout):
-    """Context parallelism with attention in shapes."""
-
-    def plan(self, ranges: KeyRanges, window: int | None, kernels: Kernels) -> _Attention:
-        return _Attention()
-
-    def num_documents(self, running_N: Tensor, most: int) -> int:
-        return most
-
-
-class _Even(AllToAll):
-    """Every rank gets as many rows as it sends."""
-
-    def lengths(self, leaving_re: Tensor, counts_re: Tensor, num_rows: int) -> tuple[list[int], list[int]]:
-        share = [num_rows // self.ranks + (rank < num_rows % self.ranks) for rank in range(self.ranks)]
-        return share, share
-
-
-def _route_evenly(model: Transformer, meshes: Meshes) -> None:
-    for block in model.blocks:
-        if block.moe is not None and isinstance(block.moe.dispatcher, ExpertParallel):
-            block.moe.dispatcher = ExpertParallel(_Even(meshes.expert_group))
-
-
-def _grouped_experts(x_RD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    gate_up_R2F = F.grouped_mm(x_RD, gate_up_E2FD.transpose(1, 2), offs=ends_E)
-    return F.grouped_mm(swiglu(gate_up_R2F), down_EDF.transpose(1, 2), offs=ends_E)
-
-
-@contextmanager
-def _gpu_paths() -> Iterator[None]:
-    """Operations take on fake CPU tensors the path that they take on a GPU."""
-    replaced: Sequence[tuple[Any, str, Any]] = (
-        (moe, "grouped_experts", _grouped_experts),
-        (matmul, "cpu_has_bfloat16", lambda: True),
-        (cross_entropy, "_chunk_size", lambda chunk_tokens, _: chunk_tokens),
-        (_Batch, "stack", _stack),
-        (_Batch, "send_back", _send_back),
-        (muon, "orthogonalize", partial(orthogonalize, dtype=torch.bfloat16)),
-    )
-    with ExitStack() as stack:
-        for module, name, value in replaced:
-            stack.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, value)
-        yield
-
-
-@contextmanager
-def _fake_group(ranks: int, rank: int) -> Iterator[None]:
-    if ranks == 1:
-        yield
-        return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()

@@ -31,6 +31,7 @@ CHANGEABLE = (
     "runtime.threads",
     "runtime.timeout",
     "runtime.compile",
+    "runtime.cuda_graphs",
     "runtime.recompute",
     "runtime.kernels",
     "data.prefetch",

@@ -1,0 +1,1 @@
+"""The benchmarks that the models' report names, over local files."""
