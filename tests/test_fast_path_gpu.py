@@ -13,6 +13,7 @@ from trinity.ops.experts import reference_experts, sort_by_expert
 from trinity.train import language_model_loss
 from trinity.train.compilation import compile_blocks
 from trinity.train.guard import SpikeGuard
+from trinity.train.job import TrainJob
 from trinity.train.launch import Graphed
 from trinity.train.precision import MasterWeights
 from trinity.train.step import StepRunner
@@ -45,7 +46,7 @@ def test_gradients_are_those_of_the_reference(graphs: bool, compiled: bool) -> N
     assert within(errors, yardstick), (errors, yardstick)
 
 
-def runner(*overrides: str) -> tuple[StepRunner, object]:
+def runner(*overrides: str) -> tuple[StepRunner, TrainJob]:
     job = gpu_job(Path(), [], "pretrain.batch=[{from_tokens=0, rows=8}]", *overrides)
     device = torch.device("cuda", 0)
     compile_blocks(job.model, job.config.runtime, device)  # pyright: ignore[reportArgumentType]
