@@ -3,7 +3,7 @@
     python bench/cluster.py --out DIR [--parts small nano]
 
 Both models are in memory one after the other, in pairs that alternate, so that a warming GPU favours neither. `small`
-is a 1.15 B variant (12 layers of width 1024, 64 experts), `nano` Trinity Nano at full shape with a small batch.
+is a 1.25 B variant (12 layers of width 1024, 64 experts of 512), `nano` Trinity Nano at full shape with a small batch.
 """
 
 import argparse
