@@ -35,7 +35,7 @@ SETTINGS = (
     "model={vocab_size=61, num_layers=4, num_dense_layers=1, dim=24, num_heads=3, num_kv_heads=1, head_dim=8,"
     " ffn_dim=40, expert_dim=16, num_experts=4, experts_per_token=2, window=8, max_positions=64, init_scale=2.0}",
     "pretrain.seq_len=32",
-    "pretrain.micro_rows=1",
+    "pretrain.micro_rows=2",
     "pretrain.warmup_steps=2",
     'pretrain.phases=[{name="a", tokens=5120, weights={x=1.0}}]',
     "pretrain.batch=[{from_tokens=0, rows=8}]",
@@ -74,13 +74,13 @@ class Training:
         self.sharding: Sharding | None = None
         if layout is None:
             with device:
-                self.model = Transformer(settings.model, settings.runtime.kernels)
+                self.model = Transformer(settings.model, settings.runtime.kernels, settings.runtime.recompute)
             self.model.init_weights(0)
             exchange = None
         else:
             with torch.device("meta"):
-                self.model = Transformer(settings.model, settings.runtime.kernels)
-            meshes = build_meshes(ParallelConfig(**layout), dist.get_world_size(), device.type)
+                self.model = Transformer(settings.model, settings.runtime.kernels, settings.runtime.recompute)
+            meshes = build_meshes(ParallelConfig.model_validate(layout), dist.get_world_size(), device.type)
             self.sharding = shard_model(self.model, meshes, settings.runtime)
             self.sharding.init_weights(0)
             exchange = MuonExchange(self.sharding, settings.model)
@@ -120,7 +120,8 @@ class Training:
 
     def muon_step(self) -> dict[str, torch.Tensor]:
         """The weights after one optimizer step on made-up gradients, from the starting weights."""
-        for name, parameter in self.model.named_parameters():
+        parameters = {**dict(self.model.named_parameters()), **self.runner.masters.masters()}
+        for name, parameter in parameters.items():
             shape = self.sharding.slices[name].shape if self.sharding else tuple(parameter.shape)
             seed = sum(name.encode())
             whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
@@ -131,7 +132,7 @@ class Training:
             local(parameter.grad).copy_(self.sharding.slices[name].of(whole))
         self.optimizer.set_lr(1.0)
         self.optimizer.step()
-        return {name: local(p.detach()).clone() for name, p in self.model.named_parameters()}
+        return {name: local(p.detach()).clone() for name, p in parameters.items()}
 
 
 def reference(folder: Path, settings: RunConfig, device: torch.device) -> None:

@@ -57,6 +57,25 @@ def test_smebu_golden_values() -> None:
     torch.testing.assert_close(momentum, expected, atol=1e-10, rtol=1e-6)
 
 
+def test_a_golden_sequence_of_smebu() -> None:
+    """Three experts over three steps, worked out by hand in float64 with rate 1, kappa 2 and beta 0.5.
+
+    Step 1, counts 9 0 0: v = -2 1 1, tanh = -0.99932930 0.96402758 0.96402758, their mean 0.30957529, so
+    d = -1.30890459 0.65445229 0.65445229; m = d / 2; b = m. Step 2, counts 0 3 6: v = 1 0 -1, d = 0.96402758 0
+    -0.96402758; m = m / 2 + d / 2; b += m. Step 3, counts 4 4 4: d = 0; m = m / 2; b += m.
+    """
+    bias, momentum = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    expected = [
+        ([-0.65445229, 0.32722615, 0.32722615], [-0.65445229, 0.32722615, 0.32722615]),
+        ([-0.49966465, 0.49083922, 0.00882543], [0.15478764, 0.16361307, -0.31840072]),
+        ([-0.42227083, 0.57264576, -0.15037493], [0.07739382, 0.08180654, -0.15920036]),
+    ]
+    for counts, (want_bias, want_momentum) in zip(([9, 0, 0], [0, 3, 6], [4, 4, 4]), expected, strict=True):
+        bias, momentum = smebu(bias, momentum, torch.tensor(counts), rate=1.0, kappa=2.0, beta=0.5)
+        assert bias.tolist() == pytest.approx(want_bias, abs=1e-7)  # float32
+        assert momentum.tolist() == pytest.approx(want_momentum, abs=1e-7)  # float32
+
+
 @given(st.lists(st.integers(0, 100), min_size=2, max_size=16).filter(any))
 def test_infinite_kappa_is_the_sign_update(counts: list[int]) -> None:
     n = torch.tensor(counts)

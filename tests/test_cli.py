@@ -20,7 +20,7 @@ from trinity.cli.replace import set_aside
 VERBS = (
     """
 demo, tokenizer train, tokenizer show, data prepare, data inspect, data verify, pretrain, extend, sft, rl, eval,
-generate, chat, export, import, report, checkpoints ls, checkpoints verify
+generate, chat, serve, export, import, report, checkpoints ls, checkpoints verify
 """.strip()
     .replace("\n", " ")
     .split(", ")

@@ -15,6 +15,7 @@ from test_fp8_export import WHOLE
 from trinity.base.errors import UserError
 from trinity.cli import main
 from trinity.export.afmoe import export_afmoe
+from trinity.export.balance_state import STATE
 from trinity.export.convert import convert_afmoe
 from trinity.export.files import TensorFiles
 from trinity.export.formats import FORMATS, Format
@@ -44,9 +45,8 @@ def fuse(source: Path, out: Path) -> Path:
         tensors[f"{above}gate_up_proj"], tensors[f"{above}down_proj"] = torch.stack(both), torch.stack(down)
     out.mkdir()
     save_file(tensors, out / "model.safetensors")
-    for name in ("config.json", "trinity_state.json"):
-        if (source / name).exists():
-            (out / name).write_text((source / name).read_text())
+    for name in ("config.json", STATE):
+        (out / name).write_text((source / name).read_text())
     return out
 
 

@@ -16,6 +16,7 @@ from test_export import SMALL, random_model
 from trinity.base.errors import UserError
 from trinity.config import ModelConfig
 from trinity.export.afmoe import export_afmoe
+from trinity.export.balance_state import STATE
 from trinity.export.formats import FORMATS, Format
 from trinity.export.parity import ParityError, Sample, check_parity
 from trinity.export.reading import import_afmoe
@@ -140,7 +141,8 @@ def test_fused_experts_with_scales_and_scales_of_powers_of_two_are_read(written:
                     fused if end else fused.view(torch.float8_e4m3fn)
                 )
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((written / "config.json").read_text())
+    for name in ("config.json", STATE):
+        (tmp_path / name).write_text((written / name).read_text())
     _, found = import_afmoe(tmp_path)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -197,7 +199,8 @@ def test_faulty_files_are_caught(fault: str, model: Transformer, written: Path, 
     tensors = load_file(written / "model.safetensors")
     FAULTS[fault](tensors)
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((written / "config.json").read_text())
+    for name in ("config.json", STATE):
+        (tmp_path / name).write_text((written / name).read_text())
     with pytest.raises(ParityError, match="other values"):
         check_parity(model, tmp_path, stored_as=FORMATS["fp8-block"])
 
@@ -206,7 +209,8 @@ def test_scales_of_another_shape_are_refused(model: Transformer, written: Path, 
     tensors = load_file(written / "model.safetensors")
     tensors[f"{DOWN}_scale_inv"] = tensors[f"{DOWN}_scale_inv"].T.contiguous()
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((written / "config.json").read_text())
+    for name in ("config.json", STATE):
+        (tmp_path / name).write_text((written / name).read_text())
     with pytest.raises(UserError, match=r"down_proj.weight_scale_inv has shape \(1, 2\).*make \(2, 1\)"):
         check_parity(model, tmp_path, stored_as=FORMATS["fp8-block"])
 

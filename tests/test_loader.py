@@ -69,14 +69,15 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(packing: str) -> No
     st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(1, 3)), min_size=1, max_size=4),
     st.sampled_from([0, 2]),
     st.sampled_from(["rsdb", "best-fit", "concat", "single"]),
+    st.sampled_from([1, 2, 3, 8]),
 )
 def test_kills_and_changes_of_ranks_do_not_change_the_batches(
-    runs: list[tuple[int, int]], prefetch: int, packing: str
+    runs: list[tuple[int, int]], prefetch: int, packing: str, workers: int
 ) -> None:
     whole = group(1, packing=packing)
     state, step = None, 0
     for num_ranks, steps in runs:
-        loaders = group(num_ranks, prefetch=prefetch, packing=packing)
+        loaders = group(num_ranks, prefetch=prefetch, packing=packing, workers=workers)
         if state:
             for loader in loaders:
                 loader.load_state_dict(state)
@@ -87,6 +88,48 @@ def test_kills_and_changes_of_ranks_do_not_change_the_batches(
         assert state == whole[0].state_dict()
         for loader in loaders:
             loader.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 120), min_size=1, max_size=60),
+    st.integers(1, 90),
+    st.integers(1, 40),
+    st.sampled_from([(1, 1), (2, 1), (4, 2), (8, 4), (8, 8), (6, 3)]),
+    st.integers(1, 3),
+    st.sampled_from(["rsdb", "concat", "best-fit", "single"]),
+    st.integers(0, 2**32),
+)
+def test_every_token_of_every_document_comes_once_in_every_pass(
+    lengths: list[int], seq_len: int, buffer: int, shape: tuple[int, int], epochs: int, packing: str, seed: int
+) -> None:
+    """Over the rows of all streams of all ranks until each is at its end."""
+    streams, num_ranks = shape
+    store = FakeStore(lengths, [0] * len(lengths), ["a"])
+    data = DataConfig.model_validate(
+        {"buffer": buffer, "streams": streams, "max_epochs": epochs, "prefetch": 0, "packing": packing}
+    )
+    phases = [Phase(name="p", tokens=1, weights={"a": 1.0})]
+    seen: Counter[int] = Counter()
+    for rank in range(num_ranks):
+        loader = Loader(store, data, phases, seq_len, seed, rank, num_ranks)
+        for packer in loader._packers.values():
+            tokens_T, targets_T = np.zeros(seq_len, np.int64), np.zeros(seq_len, np.int64)
+            while chunks := packer.fill(tokens_T, targets_T):
+                seen.update(tokens_T[: sum(chunk.length for chunk in chunks)].tolist())
+    assert seen == {d * 10_000 + t: epochs for d, length in enumerate(lengths) for t in range(1, length + 1)}
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8, 20])
+def test_any_number_of_workers_gives_the_same_batches(workers: int) -> None:
+    one = loader_of()
+    with loader_of(workers=workers) as several:
+        for step in range(8):
+            ours, theirs = several.next_rows(step, *plan(step)), one.next_rows(step, *plan(step))
+            assert ours.documents == theirs.documents
+            for name in ("tokens_BT", "targets_BT", "segments_BT", "positions_BT"):
+                assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
+        assert several.state_dict() == one.state_dict()
 
 
 def test_batches_that_streams_do_not_divide_serve_all_streams_in_turn() -> None:
@@ -121,7 +164,7 @@ def test_loading_a_state_drops_what_was_assembled_ahead() -> None:
 
 def test_no_thread_outlives_its_loader() -> None:
     before = set(threading.enumerate())
-    with loader_of(prefetch=2) as loader:
+    with loader_of(prefetch=2, workers=2) as loader:
         loader.next_rows(0, 8, 0)
         loader.next_rows(1, 8, 0)
         assert any(thread.name.startswith("loader") for thread in set(threading.enumerate()) - before)
@@ -137,10 +180,10 @@ class BrokenStore(FakeStore):
         return super().tokens(doc, start, stop)
 
 
-@pytest.mark.parametrize("prefetch", [0, 2])
-def test_an_error_surfaces_in_the_step_and_leaves_the_state(prefetch: int) -> None:
+@pytest.mark.parametrize(("prefetch", "workers"), [(0, 1), (2, 1), (0, 2), (2, 2)])
+def test_an_error_surfaces_in_the_step_and_leaves_the_state(prefetch: int, workers: int) -> None:
     store = BrokenStore([50] * 100, [0] * 100, ["a"])
-    data = DataConfig(streams=2, buffer=4, prefetch=prefetch)
+    data = DataConfig(streams=2, buffer=4, prefetch=prefetch, workers=workers)
     with Loader(store, data, [Phase(name="p", tokens=100, weights={"a": 1.0})], SEQ_LEN, 0) as loader:
         loader.next_rows(0, 4, 0)
         state = json.dumps(loader.state_dict())

@@ -10,7 +10,7 @@ from trinity.config import ParallelConfig, ParallelSizes, check_parallel, parall
 def test_shard_fills_the_world() -> None:
     assert parallel_sizes(ParallelConfig(), 8) == ParallelSizes(1, 8, 1, 1)
     sizes = parallel_sizes(ParallelConfig(replicate=2, expert=4, context=2), 16)
-    assert sizes == ParallelSizes(2, 4, 4, 2)
+    assert sizes == ParallelSizes(2, 4, 4, 2, "zigzag")
     assert (sizes.world, sizes.fsdp, sizes.efsdp, sizes.data) == (16, 8, 2, 8)
     assert small_config("parallel.shard=auto") == small_config("parallel.shard=-1") == small_config()
 
@@ -23,6 +23,7 @@ def test_shard_fills_the_world() -> None:
         (["parallel.expert=8"], 4, r"parallel.expert = 8 does not divide the 4 ranks.*\[1, 2, 4\]"),
         (["parallel.expert=8"], 8, r"does not divide model.num_experts = 4: use one of \[1, 2, 4\]"),
         (["parallel.context=3"], 3, r"parallel.context = 3 does not divide pretrain.seq_len = 16: use one of \[1\]"),
+        (["parallel.context=4", "pretrain.seq_len=12"], 4, r"twice parallel.context = 4 does not.*one of \[1, 2\]"),
         (["data.streams=6"], 4, r"4 data-parallel ranks .* cannot share data.streams = 6: .*\[1, 2, 3, 6\]"),
     ],
 )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from train_helpers import small_job
 from trinity.base.errors import UserError
+from trinity.cli.runs import verify_checkpoints
 from trinity.train import checkpoint, manifest, tensorfile, train
 from trinity.train.checkpoint import (
     Snapshot,
@@ -311,6 +312,23 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, name: str, valu
     path = save_checkpoint(tmp_path, hostile)
     with pytest.raises(UserError, match=rf"{name}\.safetensors: poisoned holds numbers that are not finite"):
         load_checkpoint(path)
+    with pytest.raises(UserError, match=rf"{name}\.safetensors: poisoned holds numbers that are not finite"):
+        verify_checkpoint(path)
+    told: list[str] = []
+    earlier = save_checkpoint(tmp_path, snapshot(0))
+    assert latest_good(tmp_path, lambda _, why: told.append(why)) == earlier
+    assert len(told) == 1
+    with pytest.raises(UserError, match="1 of 2 checkpoints are damaged"):
+        verify_checkpoints(_run_of(tmp_path))
+    save_checkpoint(tmp_path, snapshot(1))
+    verify_checkpoint(path)  # one of the same step takes its place
+
+
+def _run_of(checkpoints: Path) -> Path:
+    run = checkpoints / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(checkpoints)
+    return run
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from trinity.optim.schedule import StepPlan
 from trinity.stages import pretrain
 from trinity.stages.sources import TextSource
 from trinity.train import LossOutput, TrainJob, language_model_loss, train
+from trinity.train.checkpoint import list_checkpoints, verify_checkpoint
 from trinity.train.guard import MIN_HISTORY, GuardPolicy, SpikeGuard
 from trinity.train.losses import to_device
 from trinity.train.step import step_share
@@ -286,6 +287,28 @@ def test_bad_steps_in_a_row_are_rolled_back_and_jumped(tmp_path: Path) -> None:
     records = job.run_dir.read_metrics("step")
     assert [r["step"] for r in records] == list(range(1, STEPS + 1))
     assert [r["step"] for r in records if r.get("jumped")] == [7, 8, 9]
+
+
+def test_a_checkpoint_of_spoilt_weights_is_not_gone_back_to(tmp_path: Path) -> None:
+    """A step with a finite loss whose update leaves NaN behind, just before a checkpoint: the earlier one is taken."""
+    job = small_job(tmp_path, small_config("checkpoint.asynchronous=false"))
+    update, updates = job.optimizer.step, []
+
+    def spoil(skip: torch.Tensor | None = None) -> None:
+        update(skip)
+        updates.append(skip)
+        if len(updates) == 10:
+            job.model.get_parameter("layers.1.attn.o.weight").data[0, 0] = math.nan
+
+    job.optimizer.step = spoil
+    assert train(job).finished
+    [rollback] = job.run_dir.read_events("rollback")
+    assert (rollback["step"], rollback["to_step"]) == (13, 5)
+    [passed_over] = job.run_dir.read_events("damaged_checkpoint")
+    assert passed_over["checkpoint"] == 10
+    assert "layers.1.attn.o.weight holds numbers that are not finite" in passed_over["reason"]
+    for info in list_checkpoints(job.run_dir.checkpoints):
+        verify_checkpoint(info.path)  # that of step 10 has been written anew
 
 
 def test_a_run_goes_on_past_a_long_poison(tmp_path: Path) -> None:

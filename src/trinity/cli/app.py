@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from trinity.cli import cluster, corpus, models, runs, training
+from trinity.cli import cluster, corpus, models, rehearsing, runs, serving, training
 from trinity.cli.options import example
 
 app = typer.Typer(
@@ -65,8 +65,12 @@ app.command("generate", epilog=example("trinity generate runs/rl 'The sea' --max
     models.generate
 )
 app.command("chat", epilog=example("trinity chat runs/rl --system 'Answer briefly.'"))(models.chat)
+app.command("serve", epilog=example("trinity serve my-model --port 8000"))(serving.serve)
 app.command("export", epilog=example("trinity export runs/rl --out my-model --dtype bfloat16"))(models.export)
 app.command("import", epilog=example("trinity import Trinity-Nano-Base --out runs/base"))(models.import_model)
+app.command("rehearse", epilog=example("trinity rehearse large parallel.replicate=8 parallel.expert=8 --ranks 2048"))(
+    rehearsing.rehearse
+)
 app.command("report", epilog=example("trinity report runs/nano"))(runs.report)
 app.add_typer(checkpoints_app, name="checkpoints")
 app.command("doctor", epilog=example("trinity doctor --path runs", "torchrun --nproc-per-node 8 -m trinity doctor"))(

@@ -232,7 +232,7 @@ def list_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
 
 
 def verify_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
-    """Read every checkpoint of a run against its checksums."""
+    """Read every checkpoint of a run: checksums, and that every number is finite."""
     folders = _checkpoint_folders(run)
     from trinity.train.checkpoint import list_checkpoints as find
     from trinity.train.checkpoint import verify_checkpoint

@@ -21,6 +21,7 @@ from trinity.config.run import (
     StageConfig,
     TokenizerConfig,
 )
+from trinity.config.serve import ServeConfig
 
 __all__ = [
     "BalanceConfig",
@@ -41,6 +42,7 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "SFTConfig",
+    "ServeConfig",
     "StageConfig",
     "TokenizerConfig",
     "check_parallel",

@@ -5,7 +5,7 @@ each replica, and a replica's S * C ranks share the weights.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
@@ -14,6 +14,8 @@ from trinity.config.base import Frozen
 
 if TYPE_CHECKING:
     from trinity.config.run import RunConfig
+
+ContextOrder = Literal["zigzag", "contiguous"]
 
 
 class ParallelConfig(Frozen):
@@ -27,6 +29,9 @@ class ParallelConfig(Frozen):
     """Ranks that share the experts of a layer; divides shard * context and model.num_experts."""
     context: PositiveInt = 1
     """Ranks that share a row's tokens."""
+    context_order: ContextOrder = "zigzag"
+    """Which tokens: two chunks each, an early and a late one, which evens out global layers; or one chunk each, which
+    halves the windows that local layers exchange."""
 
     @field_validator("shard", mode="before")
     @classmethod
@@ -49,6 +54,7 @@ class ParallelSizes:
     shard: int
     expert: int
     context: int
+    context_order: ContextOrder = "zigzag"
 
     @property
     def world(self) -> int:
@@ -92,7 +98,7 @@ def parallel_sizes(settings: ParallelConfig, world_size: int) -> ParallelSizes:
             f"parallel.expert = {expert} does not divide the {shard * context} ranks of a replica "
             f"(parallel.shard * parallel.context): use one of {divisors(shard * context)}"
         )
-    return ParallelSizes(replicate, shard, expert, context)
+    return ParallelSizes(replicate, shard, expert, context, settings.context_order)
 
 
 def check_parallel(config: "RunConfig", stage: str, world_size: int) -> ParallelSizes:
@@ -109,10 +115,14 @@ def check_parallel(config: "RunConfig", stage: str, world_size: int) -> Parallel
             f"use one of {fits}"
         )
     seq_len = getattr(config, stage).seq_len
-    if seq_len % sizes.context:
-        fits = [n for n in divisors(world_size // sizes.replicate) if seq_len % n == 0]
+    if sizes.context > 1 and stage == "rl":
+        raise UsageError("parallel.context is not for rl, whose rows are generated whole: use parallel.context=1")
+    chunks = 2 if settings.context_order == "zigzag" else 1
+    if sizes.context > 1 and seq_len % (chunks * sizes.context):
+        fits = [n for n in divisors(world_size // sizes.replicate) if n == 1 or seq_len % (chunks * n) == 0]
+        each = "twice " if chunks == 2 else ""
         raise UsageError(
-            f"parallel.context = {sizes.context} does not divide {stage}.seq_len = {seq_len}: use one of {fits}"
+            f"{each}parallel.context = {sizes.context} does not divide {stage}.seq_len = {seq_len}: use one of {fits}"
         )
     if stage in ("pretrain", "extend") and config.data.streams % sizes.data:
         raise UsageError(

@@ -108,6 +108,9 @@ class DataConfig(Frozen):
     """Passes over a domain after which it leaves the mixture."""
     prefetch: NonNegativeInt = 2
     """Batches assembled ahead of the step by a background thread; 0 assembles inline."""
+    workers: PositiveInt = 1
+    """Threads that fill a batch's rows, each for some of the streams. One keeps up with a GPU while the shards are in the
+    memory of the machine; several wait for a slow disk at the same time."""
 
 
 class Phase(Frozen):
@@ -116,7 +119,8 @@ class Phase(Frozen):
     name: str
     tokens: PositiveInt
     weights: Annotated[dict[str, PositiveFloat], Field(min_length=1)]
-    """Share of the tokens by domain; normalised. A domain that the shards lack is refused."""
+    """Share of the tokens by domain, or by `source:PATTERN` (as in a shell) of the recorded sources; normalised. What
+    names nothing in the shards is refused."""
 
 
 class BatchSize(Frozen):
@@ -229,6 +233,8 @@ class RuntimeConfig(Frozen):
     seed: NonNegativeInt = 0
     compile: bool = True
     """torch.compile the blocks on a GPU; the CPU runs eagerly."""
+    cuda_graphs: bool = True
+    """Record forward and backward pass of a micro-batch as one CUDA graph and replay it (one GPU; the CPU has none)."""
     recompute: Literal["none", "block"] = "none"
     """Activation recomputation."""
     kernels: Literal["fast", "reference"] = "fast"

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -82,6 +82,8 @@ class Loader:
         self._consumed = self._snapshot()
         self._ahead: deque[tuple[_Request, Future[tuple[Rows, dict[str, Any]]]]] = deque()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="loader") if settings.prefetch else None
+        workers = min(settings.workers, len(self._packers))
+        self._fillers = ThreadPoolExecutor(workers, thread_name_prefix="rows") if workers > 1 else None
 
     def _packer(self, store: DocumentStore, stream: int) -> Packer:
         settings, source = self._settings, self._streams[stream]
@@ -167,16 +169,30 @@ class Loader:
         numbers = [n % self._settings.streams for n in range(self._num_rows, self._num_rows + request.num_rows)]
         mine = [number for number in numbers if number in self._packers]
         rows = empty_rows(len(mine), self._seq_len)
-        for row, number in enumerate(mine):
-            self._streams[number].set_phase(request.phase)
-            chunks = self._packers[number].fill(rows.tokens_BT[row], rows.targets_BT[row])
-            if not chunks:
-                raise EndOfDataError(self._describe_end(number, request.phase))
-            finish_row(rows, row, chunks)
+        if self._fillers is None:
+            self._fill(rows, list(enumerate(mine)), request.phase)
+        else:
+            streams = sorted(self._packers)
+            shares: list[list[tuple[int, int]]] = [[] for _ in streams]
+            for row, number in enumerate(mine):
+                shares[streams.index(number)].append((row, number))  # a stream's rows stay in order, with one thread
+            filling = [self._fillers.submit(self._fill, rows, share, request.phase) for share in shares if share]
+            wait(filling)  # all of them: none may go on while the state is set back after an error
+            for one in filling:
+                one.result()
         if not self._settings.document_mask:
             without_borders(rows)
         self._num_rows += request.num_rows
         return rows, self._snapshot()
+
+    def _fill(self, rows: Rows, share: Sequence[tuple[int, int]], phase: int) -> None:
+        """Fill the rows of `share`, each (row, stream)."""
+        for row, number in share:
+            self._streams[number].set_phase(phase)
+            chunks = self._packers[number].fill(rows.tokens_BT[row], rows.targets_BT[row])
+            if not chunks:
+                raise EndOfDataError(self._describe_end(number, phase))
+            finish_row(rows, row, chunks)
 
     def _describe_end(self, stream: int, phase: int) -> str:
         mixture = self.mixture
@@ -202,6 +218,7 @@ class Loader:
             "streams": self.mixture.num_streams,
             "packing": self._settings.packing,
             "length_bias": self.mixture.length_bias,
+            "groups": self.mixture.groups,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -219,10 +236,11 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a complete state, saved at any number of ranks. Raises UserError for a state of other data."""
+        before = {"groups": list(self.mixture.store.domains), **state["order"]}  # states once had domains only
         for name, value in self._order().items():
-            if state["order"][name] != value:
+            if before[name] != value:
                 raise UserError(
-                    f"the saved data state does not fit: it was written with {name} = {state['order'][name]}, and this "
+                    f"the saved data state does not fit: it was written with {name} = {before[name]}, and this "
                     f"run has {value}; resume with the same value or start a new run"
                 )
         missing = [s for s in range(self.mixture.num_streams) if str(s) not in state["streams"]]
@@ -233,11 +251,12 @@ class Loader:
         self._consumed = self._snapshot()
 
     def close(self) -> None:
-        """Stop the background thread and wait for it."""
+        """Stop the background threads and wait for them."""
         self._settle()
-        if self._worker:
-            self._worker.shutdown()
-            self._worker = None
+        for pool in (self._worker, self._fillers):
+            if pool:
+                pool.shutdown()
+        self._worker = self._fillers = None
 
     def __enter__(self) -> Self:
         return self

@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from trinity.base.errors import UsageError, UserError, nearest
 from trinity.base.rng import derive, uniform
 from trinity.config import Phase
+from trinity.data.groups import group_documents
 from trinity.data.permutation import Permutation
 from trinity.data.rows import DocumentStore
 
@@ -40,7 +40,8 @@ class Mixture:
     `length_bias` > 0 draws a document with odds length ** length_bias inside its domain: each pass looks at every
     document once and takes it with probability (length / longest) ** length_bias. The order stays random access, and no
     document is read more than `max_epochs` times however long it is.
-    Raises UsageError for a domain that the shards lack, UserError for one without documents.
+    A domain here and below is a group of `groups.group_documents`: a domain of the shards, or what a weight names by
+    its sources. Raises what that raises.
     """
 
     def __init__(
@@ -56,25 +57,15 @@ class Mixture:
         assert phases
         self.store, self.phases, self.num_streams, self.seed = store, tuple(phases), streams, seed
         self.max_epochs, self.length_bias = max_epochs, length_bias
-        self.domains = list(store.domains)
-        kind = np.uint32 if store.num_documents < 1 << 32 else np.int64
-        self.members = [np.flatnonzero(store.domain_ids == d).astype(kind) for d in range(len(self.domains))]
-        self.num_tokens = [int(store.lengths[members].sum()) for members in self.members]  # by domain
+        groups = group_documents(store, self.phases)
+        self.groups = list(groups)
+        self.members = list(groups.values())
+        self.num_tokens = [int(store.lengths[members].sum()) for members in self.members]  # by group
         self.shares = [self._shares(phase) for phase in self.phases]
 
     def _shares(self, phase: Phase) -> list[float]:
-        for name in phase.weights:
-            if name not in self.domains:
-                raise UsageError(
-                    f"phase {phase.name!r} draws from domain {name!r}, but the domains of the shards are "
-                    f"{', '.join(self.domains)}{nearest(name, self.domains)}"
-                )
-            if not len(self.members[self.domains.index(name)]):
-                raise UserError(
-                    f"phase {phase.name!r} draws from domain {name!r}, which has no documents in the shards"
-                )
         total = math.fsum(phase.weights.values())
-        return [phase.weights.get(name, 0.0) / total for name in self.domains]
+        return [phase.weights.get(name, 0.0) / total for name in self.groups]
 
     @property
     def fingerprint(self) -> str:
@@ -98,7 +89,7 @@ class Mixture:
     def passes(self) -> dict[str, float]:
         """Passes over each domain that the phases ask for; with more than `max_epochs` it leaves before the end."""
         passes = {}
-        for d, (name, held) in enumerate(zip(self.domains, self.num_tokens, strict=True)):
+        for d, (name, held) in enumerate(zip(self.groups, self.num_tokens, strict=True)):
             asked = math.fsum(p.tokens * shares[d] for p, shares in zip(self.phases, self.shares, strict=True))
             passes[name] = asked / held if asked else 0.0
         return passes
@@ -113,7 +104,7 @@ class DocumentStream:
     def __init__(self, mixture: Mixture, number: int) -> None:
         assert 0 <= number < mixture.num_streams
         self._mixture, self._number = mixture, number
-        self._load(0, [0] * len(mixture.domains), [0] * len(mixture.domains))
+        self._load(0, [0] * len(mixture.groups), [0] * len(mixture.groups))
 
     def _load(self, phase: int, counts: list[int], tokens: list[int]) -> None:
         self.phase, self._tokens = phase, list(tokens)
@@ -141,7 +132,7 @@ class DocumentStream:
         """Of all domains, the one whose next piece (of `length` tokens) has the smallest key is to deliver it."""
         if domain not in self._fractions:
             mixture = self._mixture
-            order = Permutation(derive(mixture.seed, "share", mixture.domains[domain], self.phase), mixture.num_streams)
+            order = Permutation(derive(mixture.seed, "share", mixture.groups[domain], self.phase), mixture.num_streams)
             self._fractions[domain] = (int(order(np.array([self._number]))[0]) + 0.5) / mixture.num_streams
         return (self._tokens[domain] + self._fractions[domain] * length) / self.shares[domain]
 
@@ -191,7 +182,7 @@ class _DomainOrder:
     def __init__(self, mixture: Mixture, domain: int, stream: int, count: int) -> None:
         self._mixture, self._stream = mixture, stream
         self._members = mixture.members[domain]
-        self._path = (mixture.seed, mixture.domains[domain])
+        self._path = (mixture.seed, mixture.groups[domain])
         self._longest = (
             int(mixture.store.lengths[self._members].max()) if mixture.length_bias and len(self._members) else 0
         )

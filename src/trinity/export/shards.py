@@ -9,6 +9,7 @@ from trinity.base.errors import UserError
 from trinity.base.files import read_json
 from trinity.config import ModelConfig
 from trinity.export.afmoe import public_config, write_beside, write_card
+from trinity.export.balance_state import momentum_names, write_momenta
 from trinity.export.files import TensorFiles
 from trinity.export.folder import check_replaceable, folder_aside
 from trinity.export.formats import find_format
@@ -60,6 +61,7 @@ def export_shards(
     public = public_config(config, chosen, tokenizer)
     with folder_aside(out_dir) as folder:
         write_weights(read, config, folder, chosen, max_shard_bytes)
+        write_momenta({name: saved.read(name) for name in momentum_names(config) if name in saved}, config, folder)
         write_beside(folder, public, config, tokenizer)
         with TensorFiles(folder, read_json(folder / "config.json").get("quantization_config")) as written:
             for piece in pieces(config):

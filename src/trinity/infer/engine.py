@@ -18,7 +18,7 @@ from trinity.base.errors import UserError
 from trinity.infer.attention import Chunk, Step
 from trinity.infer.cache import Cache
 from trinity.infer.forward import forward
-from trinity.infer.sampling import SamplingParams, TokenStream, sample
+from trinity.infer.sampling import SamplingParams, TokenStream, most_probable, sample
 from trinity.infer.text import Decoder, TextStream
 from trinity.model.transformer import Transformer
 
@@ -33,6 +33,8 @@ class Completion:
     """New tokens; the stop token, if one came, is the last."""
     logprobs: list[float] = dataclasses.field(default_factory=list)
     """Of each token, log_softmax of the model's logits as they are (temperature 1, nothing truncated)."""
+    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    """Of each token, the `SamplingParams.top_logprobs` most probable ones in its place, with log-probabilities."""
     text: str = ""
     """Decoded tokens without the stop token, cut before a stop string; empty when the engine has no tokenizer."""
     finish: Finish | None = None
@@ -249,13 +251,11 @@ class Engine:
     def _sample(self, requests: Sequence[Request], x_BD: torch.Tensor) -> list[Event]:
         params = [request.params for request in requests]
         uniform = [request.uniform.next() if request.params.temperature > 0 else 0.0 for request in requests]
-        tokens_B, logprobs_B = sample(
-            self.model.head(x_BD),
-            params,
-            uniform,
-            [request.seen for request in requests],
-            None if self.decoder is None else self.decoder.vocab_size,
-        )
+        vocab_size = None if self.decoder is None else self.decoder.vocab_size
+        logits_BV = self.model.head(x_BD)
+        tokens_B, logprobs_B = sample(logits_BV, params, uniform, [request.seen for request in requests], vocab_size)
+        for request, top in zip(requests, most_probable(logits_BV, params, vocab_size), strict=True):
+            request.completion.top_logprobs.append(top)
         # The one point of a step where the host waits for the device.
         tokens, logprobs = tokens_B.tolist(), logprobs_B.tolist()
         return [self._take(*row) for row in zip(requests, tokens, logprobs, strict=True)]

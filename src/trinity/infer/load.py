@@ -207,4 +207,6 @@ def _checkpoint_state(
             raise UserError(f"{where}: {name} has shape {saved.shape(name)}, run.toml says {tuple(shape)}")
         keep = name.endswith((".router.bias", ".router.momentum"))
         tensor = saved.read(name)
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(f"{where}: {name} holds numbers that are not finite; take an earlier checkpoint")
         yield name, tensor if keep or dtype is None else tensor.to(dtype)

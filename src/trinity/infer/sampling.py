@@ -32,6 +32,8 @@ class SamplingParams:
     """Tokens that end the answer; the token is part of `Completion.tokens`, not of the text."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer; the text is cut before them."""
+    top_logprobs: int = 0
+    """Report this many most probable tokens beside each chosen one."""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -41,6 +43,7 @@ class SamplingParams:
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
+            "top_logprobs": (self.top_logprobs >= 0, "0 (none) or more"),
             "stop": (all(self.stop), "without empty strings"),
             "seed": (self.seed is None or self.seed >= 0, "0 or more"),
         }
@@ -85,6 +88,22 @@ def sample(
         random_B = torch.tensor([p.temperature > 0 for p in params], device=logits_BV.device)
         tokens_B = torch.where(random_B, drawn_B, tokens_B)
     return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+
+
+def most_probable(
+    logits_BV: torch.Tensor, params: Sequence[SamplingParams], vocab_size: int | None = None
+) -> list[list[tuple[int, float]]]:
+    """For each row its `top_logprobs` most probable tokens with their log-probabilities, descending.
+
+    As in `sample`, the log-probabilities are the model's own, and ids from `vocab_size` on never come.
+    """
+    count = max(p.top_logprobs for p in params)
+    if count == 0:
+        return [[] for _ in params]
+    logprobs_BV = logits_BV.float().log_softmax(-1)[:, :vocab_size]
+    top = logprobs_BV.topk(min(count, logprobs_BV.shape[1]), dim=-1)
+    rows = zip(top.indices.tolist(), top.values.tolist(), params, strict=True)
+    return [list(zip(ids, values, strict=True))[: p.top_logprobs] for ids, values, p in rows]
 
 
 def _penalise(

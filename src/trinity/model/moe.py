@@ -8,7 +8,7 @@ from trinity.config.model import ModelConfig
 from trinity.model.linear import FeedForward, empty_parameter
 from trinity.model.norm import Kernels
 from trinity.model.router import Documents, LayerStats, Router, routing_stats
-from trinity.ops.experts import combine, grouped_experts, permute, reference_experts, sort_by_expert
+from trinity.ops.experts import Order, experts_in_one, grouped_experts, reference_experts, sort_by_expert
 
 
 class Experts(nn.Module):
@@ -19,8 +19,15 @@ class Experts(nn.Module):
         self.gate_up = empty_parameter(num_experts, 2 * hidden, dim)
         self.down = empty_parameter(num_experts, dim, hidden)
 
-    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """[R, D] -> [R, D]: expert e on rows ends[e-1] .. ends[e] (int32, cumulative counts); ends[E-1] must be R."""
+    def forward(
+        self, x_RD: Tensor, ends_E: Tensor, order: Order | None = None, weights_Nk: Tensor | None = None
+    ) -> Tensor:
+        """[R, D] -> [R, D]: expert e on rows ends[e-1] .. ends[e] (int32, cumulative counts); ends[E-1] must be R.
+
+        With `order` and `weights_Nk` tokens [N, D] are given instead, and their weighted sums [N, D] returned.
+        """
+        if order is not None and weights_Nk is not None:
+            return experts_in_one(x_RD, weights_Nk, self.gate_up, self.down, order)
         return grouped_experts(x_RD, self.gate_up, self.down, ends_E)
 
 
@@ -42,7 +49,7 @@ def dispatch_local(
 ) -> Tensor:
     """All experts are here: sort the tokens by expert, one grouped product, undo the sort."""
     order = sort_by_expert(indices_Nk, experts.gate_up.shape[0])
-    y_ND = combine(experts(permute(x_ND, order), order.ends_E), weights_Nk, order)
+    y_ND = experts(x_ND, order.ends_E, order, weights_Nk)
     return y_ND if shared is None else y_ND + shared(x_ND)
 
 
@@ -59,7 +66,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.router = Router(config)
+        self.router = Router(config, kernels)
         self.experts = Experts(config.num_experts, config.dim, config.expert_dim)
         shared = config.num_shared_experts * config.expert_dim
         self.shared = FeedForward(config.dim, shared, kernels) if shared else None

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trinity.config.model import ModelConfig
 from trinity.model.balance import MARGIN_BINS, margin_bins
 from trinity.model.linear import empty_parameter
+from trinity.model.norm import Kernels
+from trinity.ops import kernels as triton_kernels
+from trinity.ops.exact_linear import exact_linear, reference_exact_linear
 
 
 class Routing(NamedTuple):
@@ -19,8 +21,8 @@ class Routing(NamedTuple):
     """int64: selected experts, by falling biased score."""
     weights_Nk: Tensor
     """fp32: factors on the outputs of the selected experts."""
-    scores_NE: Tensor
-    """fp32: sigmoid of the logits, without bias."""
+    scores_NE: Tensor | None
+    """fp32: sigmoid of the logits, without bias; None where the kernels that need them compute them again."""
     logits_NE: Tensor
     """fp32"""
     bins_NE: Tensor | None = None
@@ -65,8 +67,9 @@ class Router(nn.Module):
     bias: Tensor
     momentum: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels = "fast") -> None:
         super().__init__()
+        self.kernels: Kernels = kernels
         self.experts_per_token = config.experts_per_token
         self.route_norm, self.route_scale = config.route_norm, config.route_scale
         self.records_margins = False
@@ -76,8 +79,17 @@ class Router(nn.Module):
         self.register_buffer("momentum", torch.zeros(config.num_experts, dtype=torch.float32))
 
     def forward(self, x_ND: Tensor) -> Routing:
-        """The product is computed in fp32 for the same reason as the bias is: rounded logits would tie."""
-        logits_NE = F.linear(x_ND.float(), self.weight.float())
+        """The product is exact to fp32 for the same reason as the bias is: rounded logits would tie."""
+        if self.kernels == "reference":
+            logits_NE = reference_exact_linear(x_ND, self.weight)
+        else:
+            logits_NE = exact_linear(x_ND, self.weight)
+            if triton_kernels.enabled(x_ND) and not (self.records_margins and torch.is_grad_enabled()):
+                from trinity.ops.kernels.routing import Select
+
+                k = self.experts_per_token
+                chosen = Select.apply(logits_NE, self.bias, k, self.route_norm, self.route_scale)
+                return Routing(*chosen, None, logits_NE)
         scores_NE = logits_NE.sigmoid()
         biased_NE = scores_NE.detach() + self.bias
         bins_NE = None
@@ -119,7 +131,12 @@ def routing_stats(routing: Routing, documents: Documents) -> LayerStats:
     """
     indices_Nk, _, scores_NE, logits_NE, bins_NE = routing
     document_N, num_documents, real_N, complete = documents
-    num_experts, experts_per_token = scores_NE.shape[1], indices_Nk.shape[1]
+    if scores_NE is None and complete is None and bins_NE is None:
+        from trinity.ops.kernels.routing import Balance
+
+        return LayerStats(*Balance.apply(logits_NE, indices_Nk, document_N, num_documents, real_N))
+    scores_NE = logits_NE.sigmoid() if scores_NE is None else scores_NE
+    num_experts, experts_per_token = logits_NE.shape[1], indices_Nk.shape[1]
     with torch.no_grad():
         ones_N = torch.ones_like(document_N) if real_N is None else real_N.long()
         ones_Nk = ones_N[:, None].expand_as(indices_Nk)

@@ -19,6 +19,7 @@ from trinity.model.rope import Rotation, rotation
 from trinity.model.router import Documents, LayerStats, Router
 from trinity.ops.experts import describe_experts
 from trinity.ops.matmul import describe_matmul
+from trinity.ops.rms_norm import reference_residual_norm, residual_norm
 
 Recompute = Literal["none", "block"]
 
@@ -57,6 +58,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels) -> None:
         super().__init__()
         self.kind = config.layers[layer]
+        self.residual_norm = residual_norm if kernels == "fast" else reference_residual_norm
         self.attn = Attention(config, self.kind, kernels)
         self.attn_norm = RMSNorm(config.dim, config.norm_eps, kernels)
         self.attn_post_norm = RMSNorm(config.dim, config.norm_eps, kernels, gain=config.post_gain)
@@ -68,18 +70,26 @@ class Block(nn.Module):
 
     def feed_forward(self, x_BTD: Tensor, documents: Documents | None = None) -> tuple[Tensor, LayerStats | None]:
         """The second half of the block, norms and residual included; statistics only where `documents` are given."""
-        h_BTD = self.ffn_norm(x_BTD)
+        return self._from_normed(x_BTD, self.ffn_norm(x_BTD), documents)
+
+    def _from_normed(
+        self, x_BTD: Tensor, h_BTD: Tensor, documents: Documents | None
+    ) -> tuple[Tensor, LayerStats | None]:
+        """The same, from the residual stream and what `ffn_norm` made of it."""
         if self.moe is not None:
             y_BTD, stats = self.moe(h_BTD, documents)
         else:
             assert self.ffn is not None
             y_BTD, stats = self.ffn(h_BTD), None
-        return x_BTD + self.ffn_post_norm(y_BTD), stats
+        return self.residual_norm(x_BTD, y_BTD, self.ffn_post_norm.weight, None, self.ffn_post_norm.eps)[0], stats
 
     def forward(self, x_BTD: Tensor, layout: Layout) -> tuple[Tensor, LayerStats | None]:
         plan = layout.local_plan if self.kind == "local" else layout.global_plan
-        x_BTD = x_BTD + self.attn_post_norm(self.attn(self.attn_norm(x_BTD), layout.turn, plan))
-        return self.feed_forward(x_BTD, layout.documents)
+        y_BTD = self.attn(self.attn_norm(x_BTD), layout.turn, plan)
+        norms = self.attn_post_norm.weight, self.ffn_norm.weight, self.ffn_norm.eps
+        x_BTD, h_BTD = self.residual_norm(x_BTD, y_BTD, *norms)
+        assert h_BTD is not None
+        return self._from_normed(x_BTD, h_BTD, layout.documents)
 
 
 class Transformer(nn.Module):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trinity.ops import kernels
 from trinity.ops.autograd import once_differentiable
 from trinity.ops.matmul import widens
 
@@ -142,6 +143,17 @@ class _FusedCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + chunk_tokens)
             x_CD, keep_C, target_C = factor_ND[chunk], keep_N[chunk].float(), safe_N[chunk]
             logits_CV = _logits(x_CD, factor_VD)
+            if kernels.enabled(x_ND) and x_ND.dtype == torch.bfloat16:
+                from trinity.ops.kernels.cross_entropy import chunk_loss
+
+                d_logits_CV = torch.empty_like(logits_CV, dtype=x_ND.dtype) if needs_x or needs_head else None
+                stats_3C = chunk_loss(logits_CV, targets_N[chunk], z_loss, IGNORE, d_logits_CV)
+                sums_3 = stats_3C.sum(dim=1)
+                ce_sum, z_sum = ce_sum + sums_3[0], z_sum + sums_3[1] * z_loss
+                logit_max = torch.maximum(logit_max, stats_3C[2].max())
+                if d_logits_CV is not None:
+                    _chunk_gradients(d_logits_CV, x_CD, factor_VD, None if d_x_ND is None else d_x_ND[chunk], d_head_VD)
+                continue
             picked_C = logits_CV.gather(1, target_C[:, None])[:, 0]
             sum_C, lse_C, top_C = _exponentials_(logits_CV)
             ce_sum = ce_sum + ((lse_C - picked_C) * keep_C).sum()

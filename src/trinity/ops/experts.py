@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trinity.base.errors import UserError
+from trinity.ops import kernels
 from trinity.ops.autograd import once_differentiable
 from trinity.ops.matmul import widens
 from trinity.ops.swiglu import reference_swiglu, swiglu, swiglu_gradient
@@ -54,15 +55,20 @@ def reference_experts(
 
 def sort_by_expert(indices_Nk: Tensor, num_experts: int) -> Order:
     """The stable order by expert of all (token, expert) pairs; `indices_Nk` int64 in [0, num_experts)."""
-    experts_R, pair_R = indices_Nk.flatten().sort(stable=True)
+    keys_R = indices_Nk.flatten()
+    if keys_R.is_cuda and num_experts < 2**15:
+        keys_R = keys_R.to(torch.int16)  # a radix sort takes a pass for each byte
+    experts_R, pair_R = keys_R.sort(stable=True)
     row_R = torch.empty_like(pair_R).scatter_(0, pair_R, torch.arange(pair_R.numel(), device=pair_R.device))
-    bins_E = torch.arange(num_experts, device=pair_R.device)
+    bins_E = torch.arange(num_experts, dtype=keys_R.dtype, device=pair_R.device)
     ends_E = torch.searchsorted(experts_R, bins_E, right=True, out_int32=True)
     return Order(pair_R // indices_Nk.shape[1], row_R.view_as(indices_Nk), ends_E)
 
 
 def permute(x_ND: Tensor, order: Order) -> Tensor:
     """[R, D]: each token's vector once for each of its experts, sorted by expert."""
+    if kernels.enabled(x_ND):
+        return _GpuPermute.apply(x_ND, order.token_R, order.row_Nk)
     return _Permute.apply(x_ND, order.token_R, order.row_Nk)
 
 
@@ -78,18 +84,38 @@ def grouped_experts(x_RD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ends_E
     """
     if x_RD.device.type == "cpu":
         return _CpuExperts.apply(x_RD, gate_up_E2FD, down_EDF, tuple(ends_E.tolist()))
-    if x_RD.shape[-1] % 8 or down_EDF.shape[-1] % 8:
-        raise UserError(
-            f"dim {x_RD.shape[-1]} and expert_dim {down_EDF.shape[-1]} must be multiples of 8 on a GPU; "
-            "change them or set runtime.kernels = 'reference'"
-        )
+    _check_widths(x_RD, down_EDF)
     gate_up_R2F = F.grouped_mm(x_RD, gate_up_E2FD.transpose(1, 2), offs=ends_E)
     return F.grouped_mm(swiglu(gate_up_R2F), down_EDF.transpose(1, 2), offs=ends_E)
 
 
+def experts_in_one(x_ND: Tensor, weights_Nk: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, order: Order) -> Tensor:
+    """`combine(grouped_experts(permute(x)))` as one operation that keeps less; on CUDA, else those three.
+
+    Raises UserError as `grouped_experts` does.
+    """
+    if not kernels.enabled(x_ND):
+        y_RD = grouped_experts(permute(x_ND, order), gate_up_E2FD, down_EDF, order.ends_E)
+        return combine(y_RD, weights_Nk, order)
+    from trinity.ops.kernels.experts import Experts
+
+    _check_widths(x_ND, down_EDF)
+    return Experts.apply(x_ND, weights_Nk, gate_up_E2FD, down_EDF, *order)
+
+
+def _check_widths(x: Tensor, down_EDF: Tensor) -> None:
+    if x.shape[-1] % 8 or down_EDF.shape[-1] % 8:
+        raise UserError(
+            f"dim {x.shape[-1]} and expert_dim {down_EDF.shape[-1]} must be multiples of 8 on a GPU; "
+            "change them or set runtime.kernels = 'reference'"
+        )
+
+
 def describe_experts(device: torch.device) -> str:
-    """The path of `grouped_experts` in a few words, for the log of a run."""
-    return "loop of matrix products" if device.type == "cpu" else "grouped_mm"
+    """The path of the experts in a few words, for the log of a run."""
+    if device.type == "cpu":
+        return "loop of matrix products"
+    return "grouped_mm, one node with Triton kernels (grouped_mm and compiled operations where blocks are compiled)"
 
 
 class _Permute(torch.autograd.Function):
@@ -108,6 +134,24 @@ class _Permute(torch.autograd.Function):
         if d_RD.device.type == "cpu":
             return F.embedding_bag(row_Nk, d_RD, mode="sum"), None, None
         return d_RD.index_select(0, row_Nk.flatten()).view(*row_Nk.shape, -1).sum(dim=1), None, None
+
+
+class _GpuPermute(torch.autograd.Function):
+    """The same by Triton kernels, added up in fp32."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, token_R: Tensor, row_Nk: Tensor) -> Tensor:
+        from trinity.ops.kernels.experts import gather_rows
+
+        ctx.save_for_backward(row_Nk)
+        return gather_rows(x_ND, token_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *d_outputs: Tensor):
+        from trinity.ops.kernels.experts import add_up_rows
+
+        return add_up_rows(d_outputs[0], ctx.saved_tensors[0]), None, None
 
 
 class _Combine(torch.autograd.Function):

@@ -54,7 +54,8 @@ class _Piece(NamedTuple):
 
     row: int | None
     keys: slice
-    seen_BUS: Tensor
+    ranges: KeyRanges
+    """Within `keys`. The mask is made of them when it is needed: those of all blocks would be a mask of the row."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class RangePlan:
         for q_BUHK, block in zip(q_BTHK.split(self.lengths, dim=1), self.blocks, strict=True):
             queries = (q_BUHK,) if block[0].row is None else q_BUHK.split(1)
             rows = [
-                sdpa(q, next(keys), next(values), mask=piece.seen_BUS[:, None])
+                sdpa(q, next(keys), next(values), mask=piece.ranges.seen()[:, None])
                 for q, piece in zip(queries, block, strict=True)
             ]
             outputs.append(rows[0] if len(rows) == 1 else torch.cat(rows))
@@ -124,8 +125,7 @@ def _range_plan(ranges: KeyRanges, window: int | None) -> RangePlan:
 
 def _piece(row: int | None, first_1U: Tensor, last_U: Tensor) -> _Piece:
     low, high = int(first_1U.min()), int(last_U.max()) + 1
-    inside = KeyRanges(first_1U - low, last_U - low, high - low)
-    return _Piece(row, slice(low, high), inside.seen())
+    return _Piece(row, slice(low, high), KeyRanges(first_1U - low, last_U - low, high - low))
 
 
 def range_block_mask(ranges: KeyRanges, block: int = 128) -> BlockMask:

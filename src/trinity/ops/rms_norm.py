@@ -1,14 +1,15 @@
 """RMSNorm: `x * rsqrt(mean(x^2) + eps) * weight`, in fp32 inside, rounded to x's type once.
 
-On CUDA `F.rms_norm` is one kernel. On a CPU it is a chain of elementwise passes in each direction, so the backward pass
-borrows LayerNorm's kernel: with the mean set to 0 that kernel computes RMSNorm's gradient minus one term, a matrix-
-vector product, which is added back.
+On CUDA it is one Triton kernel in each direction (compiled: `F.rms_norm`). On a CPU it is a chain of elementwise passes
+in each direction, so the backward pass borrows LayerNorm's kernel: with the mean set to 0 that kernel computes
+RMSNorm's gradient minus one term, a matrix-vector product, which is added back.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trinity.ops import kernels
 from trinity.ops.autograd import once_differentiable
 
 
@@ -22,7 +23,34 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The fastest path of x's device; x [..., D] of float32 or bfloat16."""
     if x.device.type == "cpu":
         return _CpuRmsNorm.apply(x, weight_D, eps)
+    if kernels.enabled(x):
+        from trinity.ops.kernels.norm import norm
+
+        return norm(x, weight_D, eps)
     return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)
+
+
+def residual_norm(
+    x: Tensor, y: Tensor, post_D: Tensor, next_D: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """The seam of a sandwich: (x + rms_norm(y, post), and that normalised by `next_D`, if it is given).
+
+    On CUDA one kernel, which rounds the sum once where the plain chain rounds the normalised y as well.
+    """
+    if kernels.enabled(x):
+        from trinity.ops.kernels import norm as kernel
+
+        return kernel.residual_norm(x, y, post_D, next_D, eps)
+    new = x + rms_norm(y, post_D, eps)
+    return new, None if next_D is None else rms_norm(new, next_D, eps)
+
+
+def reference_residual_norm(
+    x: Tensor, y: Tensor, post_D: Tensor, next_D: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """The same by the plain norm."""
+    new = x + reference_rms_norm(y, post_D, eps)
+    return new, None if next_D is None else reference_rms_norm(new, next_D, eps)
 
 
 class _CpuRmsNorm(torch.autograd.Function):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trinity.base.dist import local
+from trinity.ops import kernels
 from trinity.ops.newton_schulz import COEFFICIENTS, orthogonalize, orthogonalize_reference
 from trinity.optim.groups import MuonMatrix, lr_multiplier
 
@@ -57,6 +58,14 @@ class Exchange(Protocol):
         ...
 
 
+class _Part(NamedTuple):
+    """Rows of one parameter that make one matrix, or one of each expert: views of the same shape."""
+
+    weight: Tensor
+    grad: Tensor
+    momentum: Tensor
+
+
 class Muon:
     """State and step of Muon over a list of (possibly fused, possibly stacked, possibly sharded) matrices.
 
@@ -85,45 +94,60 @@ class Muon:
     @torch.no_grad()
     def step(self, lr: float, skip: Tensor | None = None) -> None:
         """Update every matrix that has a gradient. With `skip` non-zero (scalar on the device) nothing changes."""
-        stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        stacks: dict[tuple[int, int], list[_Part]] = defaultdict(list)
         split: dict[str, Tensor] = {}
         weights: dict[str, Tensor] = {}
         for matrix in self.matrices:
             grad = matrix.parameter.grad
             if grad is None:
                 continue
-            update = self._update(matrix.name, local(grad), skip)
-            weight = local(matrix.parameter.detach())
+            weight, grad, momentum = local(matrix.parameter.detach()), local(grad), self.momentum[matrix.name]
             if self.exchange is not None and self.exchange.splits(matrix.name):
-                weights[matrix.name], split[matrix.name] = weight, update
+                weights[matrix.name], split[matrix.name] = weight, self._update(grad, momentum, skip)
             elif weight.numel():
-                parts = zip(weight.split(matrix.parts, dim=-2), update.split(matrix.parts, dim=-2), strict=True)
-                for part, update_part in parts:
-                    stacks[part.shape[-2], part.shape[-1]].append((part, update_part))
+                # Momentum moves where the part is stacked: a list of all updates would be a copy of all weights.
+                for part in zip(*(t.split(matrix.parts, dim=-2) for t in (weight, grad, momentum)), strict=True):
+                    stacks[part[0].shape[-2], part[0].shape[-1]].append(_Part(*part))
         if self.exchange is not None:
             self.exchange.begin(split)
         keep = None if skip is None else (skip == 0).to(torch.float32)
         for entries in stacks.values():
             for chunk in _chunks(entries):
-                self._apply(chunk, lr, keep)
+                self._apply(chunk, lr, skip, keep)
         if self.exchange is not None:
             for rows in self.exchange.finish(lambda stack: orthogonalize(stack, self.coefficients)):
                 self._apply_rows(weights, rows, lr, keep)
 
-    def _update(self, name: str, grad: Tensor, skip: Tensor | None) -> Tensor:
-        momentum = self.momentum[name]
+    def _update(self, grad: Tensor, momentum: Tensor, skip: Tensor | None) -> Tensor:
+        """Moves the momentum; what is to be orthogonalised."""
         grad = grad.to(momentum.dtype)
         if skip is not None:
             grad = torch.where(skip != 0, momentum, grad)  # a bad gradient may hold NaN, which no factor removes
         momentum.lerp_(grad, 1 - self.beta)
         return torch.lerp(grad, momentum, self.beta) if self.nesterov else momentum
 
-    def _apply(self, entries: list[tuple[Tensor, Tensor]], lr: float, keep: Tensor | None) -> None:
-        rows, columns = entries[0][0].shape[-2:]
-        stack = torch.cat([part.reshape(-1, rows, columns) for _, part in entries])
-        ortho = orthogonalize(stack, self.coefficients)
-        steps = ortho.split([weight.numel() // (rows * columns) for weight, _ in entries])
-        self._move([weight for weight, _ in entries], list(steps), rows, columns, lr, keep)
+    def _apply(self, parts: list["_Part"], lr: float, skip: Tensor | None, keep: Tensor | None) -> None:
+        rows, columns = parts[0].weight.shape[-2:]
+        counts = [part.weight.numel() // (rows * columns) for part in parts]
+        if all(kernels.enabled(t) and t.stride()[-2:] == (columns, 1) for part in parts for t in part):
+            self._apply_in_two_passes(parts, counts, lr, skip)
+            return
+        updates = [self._update(part.grad, part.momentum, skip).reshape(-1, rows, columns) for part in parts]
+        steps = orthogonalize(torch.cat(updates), self.coefficients).split(counts)
+        self._move([part.weight for part in parts], list(steps), rows, columns, lr, keep)
+
+    def _apply_in_two_passes(self, parts: list["_Part"], counts: list[int], lr: float, skip: Tensor | None) -> None:
+        """The same on a GPU: gradient and momentum are read once, weights once."""
+        from trinity.ops.kernels.muon import direction, move
+
+        rows, columns = parts[0].weight.shape[-2:]
+        stack = torch.empty(sum(counts), rows, columns, dtype=torch.bfloat16, device=parts[0].weight.device)
+        for part, out in zip(parts, stack.split(counts), strict=True):
+            direction(part.grad, part.momentum, skip, out, beta=self.beta, nesterov=self.nesterov)
+        ortho = orthogonalize(stack, self.coefficients).contiguous()
+        rate, decay = lr * lr_multiplier(rows, columns), lr * self.weight_decay
+        for part, step in zip(parts, ortho.split(counts), strict=True):
+            move(part.weight, step, skip, rate=rate, decay=decay)
 
     def _apply_rows(self, weights: Mapping[str, Tensor], rows: list[Rows], lr: float, keep: Tensor | None) -> None:
         if rows:
@@ -144,9 +168,9 @@ class Muon:
                 weight.mul_(1 - decay * keep).addcmul_(step, keep.to(weight.dtype), value=-rate)
 
 
-def _chunks(entries: list[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
+def _chunks(entries: list[_Part]) -> list[list[_Part]]:
     """Consecutive entries of at most STACK_ELEMENTS numbers together; one larger entry stands alone."""
-    chunks: list[list[tuple[Tensor, Tensor]]] = []
+    chunks: list[list[_Part]] = []
     size = 0
     for entry in entries:
         numel = entry[0].numel()

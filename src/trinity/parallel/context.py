@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trinity.config.model import ModelConfig
+from trinity.config.parallel import ContextOrder
 from trinity.model.layout import Layout, document_starts
 from trinity.model.norm import Kernels
 from trinity.model.rope import rotation
@@ -31,7 +32,7 @@ from trinity.model.transformer import Transformer
 from trinity.ops.attention import AttentionPlan
 from trinity.ops.autograd import once_differentiable, uncompiled
 from trinity.ops.key_ranges import KeyRanges, dense_range_plan, fast_range_plan
-from trinity.parallel.split import ContextOrder, Halo, RowSplit, halo
+from trinity.parallel.split import Halo, RowSplit, halo
 
 # torch 2.13 renamed both and warns of the old names, torch 2.11 knows only those.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -63,7 +64,8 @@ class ContextLayout:
     """
 
     def __init__(self, group: dist.ProcessGroup, order: ContextOrder = "zigzag") -> None:
-        self.group, self.order = group, order
+        self.group = group
+        self.order: ContextOrder = order
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def split(self, local_len: int) -> RowSplit:
@@ -92,18 +94,27 @@ class ContextLayout:
         begin_BT = begin_BR[:, here_T]
         if positions_BT is None:
             positions_BT = (here_T - begin_BT).expand(shape)
-        plan = fast_range_plan if kernels == "fast" else dense_range_plan
+        reach = _window_ranges(split, self.rank, config.window, here_T, begin_BT)
         local = ContextPlan(
             self._window_exchange(split, config.window, device),
-            plan(_window_ranges(split, self.rank, config.window, here_T, begin_BT), config.window),
+            self.plan(reach, config.window, kernels),
             f"halo of {config.window - 1} keys over {self.size} ranks",
         )
         everything = KeyRanges(begin_BT, here_T, split.seq_len)
         gather = functools.partial(_gather_keys, group=self.group, split=split)
-        whole = ContextPlan(gather, plan(everything, None), f"keys gathered over {self.size} ranks")
+        whole = ContextPlan(gather, self.plan(everything, None, kernels), f"keys gathered over {self.size} ranks")
         documents = self._documents(split, begin_BR, here_T, segments_BT, shape)
         turn = rotation(positions_BT, config.head_dim, config.rope_theta)
         return Layout(turn, local, whole, documents, self.sum)
+
+    def plan(self, ranges: KeyRanges, window: int | None, kernels: Kernels) -> AttentionPlan:
+        """Attention over the keys that an exchange brought."""
+        return (fast_range_plan if kernels == "fast" else dense_range_plan)(ranges, window)
+
+    def num_documents(self, running_N: Tensor, most: int) -> int:
+        """An upper bound of the documents' numbers, the last of which is running_N[-1] and below `most`."""
+        # Reading it would wait for the device; there are at most as many as tokens.
+        return int(running_N[-1]) + 1 if running_N.device.type == "cpu" else most
 
     def gather(self, x_BT: Tensor, split: RowSplit) -> Tensor:
         """Whole rows [B, R * T] from the parts [B, T] of all ranks; without gradient."""
@@ -141,8 +152,7 @@ class ContextLayout:
         running_N = new_BT.flatten().cumsum(dim=0) - 1 + B * borders
         document_N = torch.where(across_BT.flatten(), (row_B1 + border_BT).flatten(), running_N)
         real_N = None if segments_BT is None else segments_BT.flatten() >= 0
-        # Reading the number of documents would wait for the device; there are at most as many as tokens.
-        most = int(running_N[-1]) + 1 if device.type == "cpu" else B * borders + B * T
+        most = self.num_documents(running_N, B * borders + B * T)
         return Documents(document_N, most, real_N, functools.partial(_complete, group=self.group, shared=B * borders))
 
 
@@ -293,3 +303,9 @@ def _complete(times_ME: Tensor, *, group: dist.ProcessGroup, shared: int) -> Ten
 def _all_reduce(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     dist.all_reduce(values, group=group)
     return values
+
+
+def prepare(split: RowSplit, rank: int, window: int, device: torch.device) -> None:
+    """Bring what depends on shapes alone to the device ahead of the first batch."""
+    _indices(split, rank, device)
+    _route(split, rank, window, device)

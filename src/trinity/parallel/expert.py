@@ -91,9 +91,14 @@ class AllToAll:
         leaving_re = order.counts_E.view(self.ranks, -1)
         counts_re = torch.empty_like(leaving_re)  # from each rank, for each expert here
         dist.all_to_all_single(counts_re, leaving_re, group=self.group)
-        leaving, coming = torch.stack([leaving_re.sum(1), counts_re.sum(1)]).tolist()  # waits for the device
+        leaving, coming = self.lengths(leaving_re, counts_re, indices_Nk.numel())
         flight = _Flight(leaving, coming, self.group)
         return _Sent(_Send.apply(permute(x_ND, order), flight), flight, order, counts_re)
+
+    def lengths(self, leaving_re: Tensor, counts_re: Tensor, num_rows: int) -> tuple[list[int], list[int]]:
+        """Rows for each rank and from each; `num_rows` leave in all. Waits for the device."""
+        leaving, coming = torch.stack([leaving_re.sum(1), counts_re.sum(1)]).tolist()
+        return leaving, coming
 
     def arrive(self, sent: _Sent) -> Arrived:
         x_SD = _Arrive.apply(sent.token, sent.flight)

@@ -10,6 +10,7 @@ factor is 1.
 """
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -82,6 +83,11 @@ class Sharding:
         for unit in self.units:
             unit.reshard()
 
+    def gathered_bytes(self, dtype: torch.dtype) -> int:
+        """Memory of `gathered` on each rank."""
+        numbers = sum(parameter.numel() for parameter in self.parameters.values())
+        return numbers * dtype.itemsize
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """All weights of a replica on each of its ranks in the compute type (of the experts: this rank's), for code
@@ -136,22 +142,27 @@ class Sharding:
         drawn."""
         config = self.model.config
         std = config.init_scale * config.dim**-0.5
-        for name, parameter in self.parameters.items():
-            part, mine = self.slices[name], dist.local(parameter)
-            if parameter.ndim == 2:
-                mine.copy_(part.of(initial_matrix(name, part.shape, std, seed)))
-            elif parameter.ndim > 2 and part.size[1:] == part.shape[1:]:
-                fill(name, mine, std, seed, first_expert=part.start[0])
-            elif parameter.ndim > 2:
-                for number, expert in enumerate(mine, start=part.start[0]):
-                    whole = initial_matrix(f"{name}/{number}", part.shape[1:], std, seed)
-                    expert.copy_(whole[part.box[1:]])
+        matrices = [(name, parameter) for name, parameter in self.parameters.items() if parameter.ndim > 1]
+        with ThreadPoolExecutor() as pool:  # one stream a matrix, so the order does not matter
+            list(pool.map(lambda entry: self._draw(entry[0], entry[1], std, seed), matrices))
         for module in self.model.modules():
             if isinstance(module, RMSNorm):
                 dist.local(module.weight).fill_(module.gain)
             elif isinstance(module, Router):
                 module.bias.zero_()
                 module.momentum.zero_()
+
+    @torch.no_grad()
+    def _draw(self, name: str, parameter: nn.Parameter, std: float, seed: int) -> None:
+        part, mine = self.slices[name], dist.local(parameter)
+        if parameter.ndim == 2:
+            mine.copy_(part.of(initial_matrix(name, part.shape, std, seed)))
+        elif part.size[1:] == part.shape[1:]:
+            fill(name, mine, std, seed, first_expert=part.start[0])
+        else:
+            for number, expert in enumerate(mine, start=part.start[0]):
+                whole = initial_matrix(f"{name}/{number}", part.shape[1:], std, seed)
+                expert.copy_(whole[part.box[1:]])
 
     def state(self) -> dict[str, Tensor]:
         """This rank's part of every parameter, and the buffers, by the model's names; references."""
@@ -219,7 +230,7 @@ def shard_model(model: Transformer, meshes: Meshes, settings: RuntimeConfig) -> 
     units[0]._get_fsdp_state()._lazy_init()
     parameters = dict(model.named_parameters())
     slices = {name: _slice(name, parameter, meshes) for name, parameter in parameters.items()}
-    context = split_rows(model, meshes.context_group) if sizes.context > 1 else None
+    context = split_rows(model, meshes.context_group, sizes.context_order) if sizes.context > 1 else None
     return Sharding(model, meshes, parameters, slices, units, context)
 
 

@@ -8,14 +8,12 @@ number of windows to exchange in local layers. Pure arithmetic, the same on ever
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from trinity.base.errors import UsageError
+from trinity.config.parallel import ContextOrder
 from trinity.data.rows import Rows
-
-ContextOrder = Literal["zigzag", "contiguous"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class RowSplit:
 
     @property
     def num_chunks(self) -> int:
-        return self.num_ranks if self.order == "contiguous" else 2 * self.num_ranks
+        return self.num_ranks if self.order == "contiguous" or self.num_ranks == 1 else 2 * self.num_ranks
 
     @property
     def chunk(self) -> int:
@@ -51,7 +49,7 @@ class RowSplit:
 
     def chunks(self, rank: int) -> tuple[int, ...]:
         """The chunks of a rank, in the order in which it holds them."""
-        return (rank,) if self.order == "contiguous" else (rank, self.num_chunks - 1 - rank)
+        return (rank,) if self.num_chunks == self.num_ranks else (rank, self.num_chunks - 1 - rank)
 
     def positions(self, rank: int) -> np.ndarray:
         """int64 [local_len]: position in the row of each token that the rank holds, rising."""

@@ -34,6 +34,8 @@ def sample_evaluation(stage: Stage, prompts: Sequence[Sequence[int]]) -> Evaluat
     texts = [stage.tokenizer.decode(prompt) for prompt in prompts]
 
     def run(_model: nn.Module, _step: int) -> Outcome:
+        if not stage.generates:
+            return Outcome()
         with stage.gathered():
             answers = greedy(stage.model, stage.tokenizer)(prompts, _SAMPLE_TOKENS) if prompts else []
         return Outcome(samples=[{"prompt": p, "text": a} for p, a in zip(texts, answers, strict=True)])
@@ -51,6 +53,8 @@ def arithmetic_evaluation(stage: Stage, form: arithmetic.Form) -> Evaluation:
     }
 
     def run(_model: nn.Module, _step: int) -> Outcome:
+        if not stage.generates:
+            return Outcome()
         complete = greedy(stage.model, stage.tokenizer)
         with stage.gathered():
             scores = {name: arithmetic.evaluate(complete, questions) for name, questions in asked.items()}
@@ -65,6 +69,8 @@ def niah_evaluation(stage: Stage, haystack: Haystack, every: int, stop_at: float
     length = max(q.length for q in asked if q.length <= stage.settings.seq_len)
 
     def run(_model: nn.Module, _step: int) -> Outcome:
+        if not stage.generates:
+            return Outcome()
         with stage.gathered():
             record = niah.evaluate(greedy(stage.model, stage.tokenizer), stage.tokenizer, asked)
         reached = niah.score_at(record, length)

@@ -47,6 +47,11 @@ def run(
             "parallel.expert=1 parallel.context=1"
         )
     stage = open_stage("rl", config, run_dir, start_from)
+    if not stage.generates:
+        raise UsageError(
+            f"rl samples with all weights on each GPU, and the {config.model.num_params():,} parameters of this model "
+            "do not fit beside its training state: use a smaller model"
+        )
     seed = derive(config.runtime.seed, "rl")
 
     def task(number: int) -> Task:

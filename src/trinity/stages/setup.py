@@ -25,6 +25,7 @@ from trinity.parallel.muon import MuonExchange
 from trinity.parallel.shard import Sharding, shard_model
 from trinity.tokenizer import Tokenizer
 from trinity.train.checkpoint import checkpoint_name
+from trinity.train.compilation import compile_blocks
 from trinity.train.job import Silent, TrainJob, TrainResult
 from trinity.train.loop import train
 
@@ -36,6 +37,9 @@ _FREE = {"max_positions", "init_scale", "post_norm_gain", "global_every", "layer
 GATE_PARAMS = 10_000_000_000
 """Of a model trained by several processes, up to this size the export compares logits, for which one process holds
 three copies in float32 on the CPU; beyond it compares tensors."""
+
+GATHERED_SHARE = 0.4
+"""Of a GPU's memory that all weights may take for an evaluation that generates; beyond it those are left out."""
 
 SILENT = Silent()
 
@@ -63,6 +67,15 @@ class Stage:
     @property
     def data_size(self) -> int:
         return self.sharding.meshes.data_size if self.sharding else 1
+
+    @property
+    def generates(self) -> bool:
+        """Whether all weights of a replica fit beside the training state of this process, as generation needs them."""
+        if self.sharding is None or self.device.type != "cuda":
+            return True
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        needed = self.sharding.gathered_bytes(getattr(torch, self.config.runtime.dtype))
+        return needed <= GATHERED_SHARE * memory
 
     def gathered(self) -> AbstractContextManager[None]:
         """All weights on this process, for code that calls parts of the model instead of the whole."""
@@ -93,6 +106,7 @@ def about(stage: Stage) -> dict[str, Any]:
     return {
         "environment": environment,
         "paths": stage.model.paths(layout),
+        "generates": stage.generates,
         "optimizer": [list(row) for row in stage.optimizer.table()],
     }
 
@@ -142,12 +156,7 @@ def _open_model(config: RunConfig, device: torch.device) -> tuple[Transformer, S
     several = dist.world_size() > 1
     with torch.device("meta") if several else device:
         model = Transformer(config.model, kernels=runtime.kernels, recompute=runtime.recompute)
-    if runtime.compile and device.type == "cuda":
-        # All blocks share one code object: local and global, dense and sparse, with and without gradients, each shape
-        # of an evaluation. Past the limit (8 by default) a block runs uncompiled, with no more than a warning.
-        torch._dynamo.config.recompile_limit = 64
-        for block in model.layers:
-            block.compile()
+    compile_blocks(model, runtime, device)
     if not several:
         return model, None
     if not runtime.master_weights:

@@ -12,6 +12,7 @@ import tokenizers
 
 from trinity.base.errors import UsageError, UserError
 from trinity.base.files import atomic_write, read_json, write_json
+from trinity.tokenizer.any_bytes import encode_any_bytes
 from trinity.tokenizer.pretokenize import byte_alphabet, cut_long, trinity_pre_tokenizer
 from trinity.tokenizer.template import (
     END_OF_TEXT,
@@ -62,7 +63,11 @@ class Tokenizer:
         if cuts is not None:
             self._plain.pre_tokenizer = cuts
         # The serialised form, for the printed one is shortened.
-        self._own_cuts = cuts is not None and cuts.__getstate__() == trinity_pre_tokenizer().__getstate__()
+        self._own_cuts = (
+            self._full.normalizer is None
+            and cuts is not None
+            and cuts.__getstate__() == trinity_pre_tokenizer().__getstate__()
+        )
         added = self._full.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in added.items()}
         self._hidden = {i for i, token in added.items() if token.special}
@@ -169,14 +174,8 @@ class Tokenizer:
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of any byte string: valid UTF-8 as text, every other byte as the token of that byte."""
-        ids: list[int] = []
-        # surrogateescape turns an invalid byte b into U+DC00 + b; valid UTF-8 never holds such a character.
-        for number, part in enumerate(_SURROGATES.split(data.decode("utf-8", "surrogateescape"))):
-            if number % 2:
-                ids += [self._byte_ids[ord(character) - 0xDC00] for character in part]
-            elif part:
-                ids += self.encode(part)
-        return ids
+        model = self._plain.model if self._own_cuts else None
+        return encode_any_bytes(data, self._byte_ids, self.encode_batch, model).tolist()
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD. `skip_special` leaves control tokens out."""

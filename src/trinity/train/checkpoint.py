@@ -42,7 +42,7 @@ from trinity.train.manifest import (
     size,
     tensor_files,
 )
-from trinity.train.tensorfile import Digest, digest, read_tensors, write_bytes, write_tensors
+from trinity.train.tensorfile import Digest, check_finite, digest, read_tensors, write_bytes, write_tensors
 
 NAME = re.compile(r"step-(\d{8,})")
 ASIDE = re.compile(r"\.step-\d{8,}\.(partial|removed)")
@@ -71,6 +71,8 @@ class Snapshot:
     """JSON: step, tokens, source, random state, guard, fingerprints, settings."""
     part: Part | None = None
     """None: everything."""
+    ready: Callable[[], None] = lambda: None
+    """Waits until the tensors hold their values, where a GPU may still be copying them."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,22 @@ def list_checkpoints(folder: Path) -> list[CheckpointInfo]:
 
 
 def verify_checkpoint(path: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Digest]:
-    """Read every file of a checkpoint against its manifest. Raises UserError that names the file and what differs.
+    """Read every file of a checkpoint against its manifest, and every number of its tensors.
 
-    `share` (number, of how many): ranks may each read some of the files.
+    `share` (number, of how many): ranks may each read some of the files. Raises UserError that names the file and what
+    differs, or the tensor that holds NaN or infinity: weights that a training gone wrong has spoilt are whole as a file
+    and still nothing to go back to.
     """
+    files = _verify_files(path, share)
+    number, shares = share
+    for name in sorted(files)[number::shares]:
+        if name != STATE:
+            for _ in read_tensors(path / name):
+                pass
+    return files
+
+
+def _verify_files(path: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Digest]:
     files = read_manifest(path)
     number, shares = share
     for name in sorted(files)[number::shares]:
@@ -130,7 +144,7 @@ def load_checkpoint(path: Path, slices: Mapping[str, Slice] | None = None) -> Sn
     UserError when it is damaged or not one, is of another step than its folder's name says, or holds numbers that are
     not finite: no run could go on from them.
     """
-    files = verify_checkpoint(path) if slices is None else read_manifest(path)
+    files = _verify_files(path) if slices is None else read_manifest(path)
     state = read_json(path / STATE)
     if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise UserError(f"{path / STATE} is not the state of a checkpoint: it has no step")
@@ -143,14 +157,11 @@ def load_checkpoint(path: Path, slices: Mapping[str, Slice] | None = None) -> Sn
 
 def _read_finite(folder: Path, names: list[str], slices: Mapping[str, Slice]) -> dict[str, Tensor]:
     if len(names) == 1 and not slices:
-        tensors = read_tensors(folder / names[0])
-    else:
-        saved = SavedTensors(folder / name for name in names)
-        tensors = {name: saved.read(name, slices.get(name)) for name in saved.names}
-    where = folder / names[0] if len(names) == 1 else folder
+        return dict(read_tensors(folder / names[0]))
+    saved = SavedTensors(folder / name for name in names)
+    tensors = {name: saved.read(name, slices.get(name)) for name in saved.names}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise UserError(f"{where}: {name} holds numbers that are not finite; take an earlier checkpoint")
+        check_finite(folder, name, tensor)
     return tensors
 
 
@@ -215,6 +226,7 @@ def prepare(folder: Path, step: int) -> bool:
 def write_tensor_files(folder: Path, snapshot: Snapshot) -> dict[str, Digest]:
     """Write the tensors of a snapshot into the folder that `prepare` made; sizes and checksums by file name."""
     partial, part = partial_folder(folder, snapshot.step), snapshot.part
+    snapshot.ready()
     found = {}
     for kind, whole_name, tensors in (
         ("model", MODEL, snapshot.model),

@@ -22,6 +22,7 @@ from trinity.train import resume
 from trinity.train.evaluating import evaluate, is_due
 from trinity.train.guard import GuardPolicy, SpikeGuard
 from trinity.train.hardware import peak_flops
+from trinity.train.host_copy import HostCopies
 from trinity.train.interrupt import StopSignal
 from trinity.train.job import TrainJob, TrainResult
 from trinity.train.journal import Journal
@@ -68,9 +69,18 @@ class _Loop:
         self.watch = ExpertWatch()
         self.journal = Journal(job)
         self.checkpoints = RunCheckpoints(job, self.journal)
-        self.state = TrainingState(job, self.masters, self.guard, self.policy, self.watch, self.device)
+        self.copies = HostCopies(self.device)
+        self.state = TrainingState(job, self.masters, self.guard, self.policy, self.watch, self.copies, self.device)
         self.runner = StepRunner(
-            job.model, job.optimizer, job.loss, config, self.guard, self.masters, self.device, job.sharding
+            job.model,
+            job.optimizer,
+            job.loss,
+            config,
+            self.guard,
+            self.masters,
+            self.device,
+            job.sharding,
+            before_update=self.copies.protect,
         )
         self.flops = config.model.flops_per_token(job.stage_config.seq_len)
         self.peak, self.peak_source = peak_flops(self.device, dtype)
@@ -105,6 +115,7 @@ class _Loop:
     def close(self) -> None:
         """Give the model its float32 parameters back, and let a save under way end; called however the run ends."""
         self.checkpoints.join()
+        self.copies.close()
         self.masters.restore()
 
     def _leave(self, signal: str) -> TrainResult:
@@ -244,6 +255,7 @@ class _Loop:
         if not self.job.config.checkpoint.enabled:
             return
         dist.place.arrive(f"the checkpoint after step {self.step}")
+        self.checkpoints.wait()  # the last copy must be on the disk before the next one takes its place
         snapshot = self.state.capture(Position(self.step, self.finished), self._tokens(), copy=not wait)
         self.checkpoints.save(snapshot, wait=wait)
         self.policy.checkpoint_written(self.step)
@@ -264,7 +276,7 @@ class _Loop:
                         evaluate(job, evaluation, 0, self.journal)
             parameters = job.config.model.num_params()
             self._event("start", parameters=parameters, steps=len(job.plan), **peak)
-            self._save(wait=False)
+            self._save(wait=not job.config.checkpoint.asynchronous)
         else:
             self._event("resume", checkpoint=f"checkpoints/{path.name}", changed=changed, **peak)
 

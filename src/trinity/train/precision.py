@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trinity.ops.accumulate import accumulate_
+
 KEEP = ("router.weight",)
 """Endings of names that stay float32: rounded router logits would tie."""
 
@@ -65,5 +67,5 @@ def _collect(pair: _Pair) -> None:
     if pair.master.grad is None:
         pair.master.grad = gradient.float()
     else:
-        pair.master.grad.add_(gradient)
+        accumulate_(pair.master.grad, gradient)
     pair.working.grad = None

@@ -31,6 +31,7 @@ CHANGEABLE = (
     "runtime.threads",
     "runtime.timeout",
     "runtime.compile",
+    "runtime.cuda_graphs",
     "runtime.recompute",
     "runtime.kernels",
     "data.prefetch",
@@ -131,9 +132,9 @@ def own_part(
     return own(model), own(optimizer), part
 
 
-def to_host(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
-    """Tensors on the CPU, sharing no memory with the originals if `copy`."""
-    return {name: tensor.detach().to("cpu", copy=copy) for name, tensor in tensors.items()}
+def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, themselves where they are there already."""
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def check_state(target: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:

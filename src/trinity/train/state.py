@@ -11,6 +11,7 @@ from trinity.base.errors import UserError
 from trinity.train import resume
 from trinity.train.checkpoint import Snapshot, load_checkpoint
 from trinity.train.guard import GuardPolicy, SpikeGuard
+from trinity.train.host_copy import HostCopies
 from trinity.train.job import TrainJob
 from trinity.train.manifest import MODEL, OPTIMIZER, STATE
 from trinity.train.metrics import ExpertWatch
@@ -37,11 +38,15 @@ class TrainingState:
     guard: SpikeGuard
     policy: GuardPolicy
     watch: ExpertWatch
+    copies: HostCopies
     device: torch.device
 
     def capture(self, position: Position, tokens: int, *, copy: bool) -> Snapshot:
-        """The present state on the CPU, of sharded tensors this rank's part, sharing no memory with what trains if
-        `copy`. A collective."""
+        """The present state on the CPU, of sharded tensors this rank's part. A collective.
+
+        With `copy` training may go on: what it holds is overwritten by the next such call and by nothing else. Without,
+        it may share memory with what trains. Ranks that save nothing hold nothing.
+        """
         job = self.job
         state = {
             "step": position.step,
@@ -59,8 +64,15 @@ class TrainingState:
         model, optimizer, part = self._model(), job.optimizer.state_dict(), None
         if job.sharding is not None:
             model, optimizer, part = resume.own_part(job.sharding, model, optimizer)
-        model, optimizer = (resume.to_host(tensors, copy=copy) for tensors in (model, optimizer))
-        return Snapshot(position.step, model, optimizer, resume.frozen_json(state), part)
+        elif not dist.is_main():
+            model, optimizer = {}, {}
+        frozen = resume.frozen_json(state)
+        if not copy:
+            return Snapshot(position.step, resume.to_host(model), resume.to_host(optimizer), frozen, part)
+        files = ((MODEL, model), (OPTIMIZER, optimizer))
+        taken = self.copies.take({(file, name): t for file, tensors in files for name, t in tensors.items()})
+        model, optimizer = ({n: t for (f, n), t in taken.tensors.items() if f == file} for file, _ in files)
+        return Snapshot(position.step, model, optimizer, frozen, part, taken.ready)
 
     def _model(self) -> dict[str, Tensor]:
         if self.job.sharding is not None:

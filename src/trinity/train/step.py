@@ -3,7 +3,7 @@
 Nothing here waits for the device; `Packed.read` does, when the loop asks for the step's numbers.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from trinity.optim.schedule import PlannedStep
 from trinity.parallel.shard import Sharding
 from trinity.train.guard import SpikeGuard
 from trinity.train.job import Optimizer
+from trinity.train.launch import CAPTURABLE, Graphed, Launched
 from trinity.train.losses import LossFunction, LossOutput, Share, to_device
 from trinity.train.metrics import Packed
 from trinity.train.precision import MasterWeights
@@ -40,11 +41,23 @@ class StepRunner:
     device: torch.device
     sharding: Sharding | None = None
     """Of a model whose weights are spread over ranks; without it ranks hold copies."""
+    before_update: Callable[[], None] = lambda: None
+    """Called when forward and backward passes are done, before parameters, optimizer state and biases change."""
 
     def __post_init__(self) -> None:
         if needs_margins(self.config.balance):
             assert isinstance(self.model, Transformer), f"the model is a {type(self.model).__name__}"
             self.model.record_margins()
+        self.launcher = self._launcher()
+
+    def _launcher(self) -> Launched:
+        alone = dist.world_size() == 1 and self.sharding is None
+        graphs = self.config.runtime.cuda_graphs and self.device.type == "cuda" and alone
+        if graphs and self.loss in CAPTURABLE:
+            masters = self.masters.masters()
+            parameters = [masters.get(name, working) for name, working in self.model.named_parameters()]
+            return Graphed(self.model, self.loss, self.config.loss, parameters)
+        return Launched(self.model, self.loss, self.config.loss)
 
     def run(self, planned: PlannedStep, micro_batches: Sequence[Any], *, stop: bool = False) -> Packed:
         """Take one step; its numbers are on their way to the host when this returns.
@@ -53,20 +66,19 @@ class StepRunner:
         `stop` is shared with the other ranks: the numbers tell whether any of them asked to stop.
         """
         share = step_share(micro_batches, self.device)
-        self.optimizer.zero_grad()
+        self.launcher.begin(self.optimizer.zero_grad)
         totals = Totals()
         for number, rows in enumerate(micro_batches, start=1):
             if self.sharding is not None:
                 self.sharding.micro_batch(last=number == len(micro_batches))
-            output = self.loss(self.model, to_device(rows, self.device), share, self.config.loss)
-            output.loss.backward()
-            totals.add(output)
+            totals.add(self.launcher.run(to_device(rows, self.device), share))
         packed = totals.pack(stop)
 
         gradients = self._gradients()
         norm = total_norm(gradients.values()) if self.sharding is None else self.sharding.total_norm(gradients)
         verdict = self.guard.judge(packed.device_value("loss"), norm)
         clip_(list(gradients.values()), norm, self.config.optim.clip_norm)
+        self.before_update()
         self.optimizer.set_lr(planned.lr_scale)
         self.optimizer.step(skip=verdict.skip)
         self.masters.refresh()

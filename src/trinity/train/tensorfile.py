@@ -4,13 +4,12 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trinity.base.errors import UserError
@@ -103,9 +102,23 @@ def digest(path: Path) -> Digest:
         return Digest(file.tell(), found.hexdigest())
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU. Raises UserError when it is not one."""
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file by name, on the CPU, one at a time.
+
+    Raises UserError when it is not such a file and at the first tensor with numbers that are not finite: no run could
+    go on from them.
+    """
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (it is no mapping)
+                tensor = file.get_tensor(name)
+                check_finite(path, name, tensor)
+                yield name, tensor
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def check_finite(where: Path, name: str, tensor: Tensor) -> None:
+    """Raises UserError when a tensor of a checkpoint holds NaN or infinity."""
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise UserError(f"{where}: {name} holds numbers that are not finite; take an earlier checkpoint")

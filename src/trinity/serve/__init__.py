@@ -1,0 +1,1 @@
+"""An HTTP server in OpenAI's protocol, on the native engine or in front of vLLM."""
