@@ -14,7 +14,6 @@ from trinity.ops.experts import reference_experts, sort_by_expert
 from trinity.train import TrainJob, language_model_loss
 from trinity.train.compilation import compile_blocks
 from trinity.train.guard import SpikeGuard
-from trinity.train.job import TrainJob
 from trinity.train.launch import Graphed
 from trinity.train.precision import MasterWeights
 from trinity.train.step import StepRunner
