@@ -75,11 +75,16 @@ class Sharding:
             self.reshard()
 
     def micro_batch(self, *, last: bool) -> None:
-        """Say before each backward pass whether it is the step's last: replicas add up gradients only then."""
+        """Say before each backward pass whether it is the step's last: replicas add up gradients only then.
+
+        Where a unit's weights lie on one rank whole, so do its gradients, and reducing them to shards would only copy
+        them: they add up in float32 as they are until the last pass.
+        """
         if self.meshes.sizes.replicate > 1:
             self.units[0].set_requires_all_reduce(last)
         for unit in self.alone:
             unit.set_reshard_after_backward(last, recurse=False)
+            unit.set_requires_gradient_sync(last, recurse=False)
         self.units[0].set_is_last_backward(last)
 
     def reshard(self) -> None:
