@@ -12,7 +12,7 @@ QUICK := not slow and not gpu
 TORCH ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'torch==2.13.0')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format docs clean
+.PHONY: help install demo test test-all test-clients lint format docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -35,6 +35,16 @@ test: $(STAMP) ## Quick tests (no GPU, no minutes-long ones); says what was skip
 
 test-all: $(STAMP) ## All tests that this machine can run
 	$(PYTEST) -n $(JOBS) --dist worksteal
+
+# One environment for each engine, made once: clients/NAME.txt says what is in it. Ours comes in for the exports.
+CLIENTS ?= transformers vllm llama mlx
+test-clients: $(STAMP) ## Exports in transformers, vLLM (CPU), llama.cpp and MLX; makes their environments (gigabytes)
+	$(BIN)/python -m pip install --quiet 'gguf>=0.17'
+	for name in $(CLIENTS); do \
+	  test -x .clients/$$name/bin/python || { $(PYTHON) -m venv .clients/$$name && .clients/$$name/bin/pip install --quiet -r clients/$$name.txt; } || exit 1; \
+	done
+	test ! -x .clients/vllm/bin/pip || .clients/vllm/bin/pip uninstall --quiet -y torchvision torchaudio torchcodec triton
+	$(PYTEST) -n 0 -s tests/test_clients.py
 
 lint: $(STAMP) ## Format, rules, types and the direction of imports; changes nothing
 	$(BIN)/ruff format --check .

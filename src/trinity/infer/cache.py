@@ -32,6 +32,8 @@ class BlockPool:
         self._blocks_of: list[list[int]] = [[] for _ in range(num_slots)]
         self._free: list[int] = []
         self._num_blocks = 0
+        self.version = 0
+        """Changes whenever a tensor of the pool is replaced by a larger one."""
         self.keys = [torch.empty(0, *self._shape, device=device, dtype=dtype) for _ in range(num_layers)]
         self.values = [torch.empty(0, *self._shape, device=device, dtype=dtype) for _ in range(num_layers)]
         self._table = torch.zeros(num_slots, 1, dtype=torch.int64, device=device)
@@ -61,12 +63,28 @@ class BlockPool:
             wider = wider.to(self._table.device)
             wider[:, : self._table.shape[1]] = self._table
             self._table = wider
+            self.version += 1
         self._table[slot, len(held) : wanted] = torch.tensor(new, device=self._table.device)
         held += new
 
     def release(self, slot: int) -> None:
         self._free += reversed(self._blocks_of[slot])
         self._blocks_of[slot] = []
+
+    @property
+    def tables(self) -> torch.Tensor:
+        """Block numbers int64 [slots, n] of all slots; entries that a slot does not hold are arbitrary."""
+        return self._table
+
+    def reserve(self, num_slots: int, length: int) -> None:
+        """Allocate for `num_slots` slots of `length` tokens at once, so that nothing grows (and moves) later."""
+        wanted = self.num_blocks(length)
+        self._add(num_slots * wanted - self._num_blocks)
+        if wanted > self._table.shape[1]:
+            wider = self._table.new_zeros(len(self._table), wanted)
+            wider[:, : self._table.shape[1]] = self._table
+            self._table = wider
+            self.version += 1
 
     def table(self, slots_B: torch.Tensor, max_length: int) -> torch.Tensor:
         """Block numbers [B, n] that cover `max_length` tokens; entries that a slot does not hold are arbitrary."""
@@ -91,28 +109,50 @@ class BlockPool:
         return position_BS.clamp(min=-1)
 
     def write(self, layer: int, places_N: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> None:
-        self.keys[layer].flatten(0, 1)[places_N] = k_NGK.to(self.keys[layer].dtype)
-        self.values[layer].flatten(0, 1)[places_N] = v_NGK.to(self.values[layer].dtype)
+        for stored, new in ((self.keys[layer], k_NGK), (self.values[layer], v_NGK)):
+            _bytes(stored).flatten(0, 1)[places_N] = _bytes(narrowed(new, stored.dtype))
 
     def gather(self, layer: int, table_Bn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, S, G, K] of the slots behind a table."""
         batch = len(table_Bn)
         shape = (batch, -1, *self._shape[1:])
         flat = table_Bn.flatten()
-        return (
-            self.keys[layer].index_select(0, flat).view(shape),
-            self.values[layer].index_select(0, flat).view(shape),
+        k, v = (
+            _bytes(stored).index_select(0, flat).view(stored.dtype).view(shape)
+            for stored in (self.keys[layer], self.values[layer])
         )
+        return k, v
 
     def _take(self) -> int:
         if not self._free:
-            more = max(16, self._num_blocks // 2)
-            for stored in (self.keys, self.values):
-                for layer, old in enumerate(stored):
-                    stored[layer] = torch.cat((old, old.new_zeros(more, *self._shape)))
-            self._free = list(range(self._num_blocks + more - 1, self._num_blocks - 1, -1))
-            self._num_blocks += more
+            self._add(max(16, self._num_blocks // 2))
         return self._free.pop()
+
+    def _add(self, more: int) -> None:
+        """Room for that many blocks more; the pool's tensors move."""
+        if more <= 0:
+            return
+        for stored in (self.keys, self.values):
+            for layer, old in enumerate(stored):
+                larger = torch.zeros(self._num_blocks + more, *self._shape, dtype=old.dtype, device=old.device)
+                _bytes(larger)[: self._num_blocks] = _bytes(old)
+                stored[layer] = larger
+        self._free = list(range(self._num_blocks + more - 1, self._num_blocks - 1, -1)) + self._free
+        self._num_blocks += more
+        self.version += 1
+
+
+FP8 = torch.float8_e4m3fn
+
+
+def narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in the cache's type; what FP8 cannot hold becomes its largest number, not NaN."""
+    return x.clamp(-448, 448).to(dtype) if dtype == FP8 else x.to(dtype)
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    """FP8 as bytes, because indexing is not defined for it everywhere."""
+    return x.view(torch.uint8) if x.dtype == FP8 else x
 
 
 class Cache:
@@ -140,6 +180,16 @@ class Cache:
     def used_bytes(self) -> int:
         """Bytes of K and V in use: `ModelConfig.kv_cache_bytes` of each slot, lengths rounded up to whole blocks."""
         return sum(pool.used_bytes for pool in self.pools.values())
+
+    @property
+    def version(self) -> int:
+        """Changes whenever a tensor of a pool is replaced."""
+        return sum(pool.version for pool in self.pools.values())
+
+    def reserve(self, num_slots: int, length: int) -> None:
+        """Allocate for `num_slots` slots of `length` tokens at once, instead of growing with use."""
+        for pool in self.pools.values():
+            pool.reserve(num_slots, length)
 
     def grow(self, slot: int, length: int) -> None:
         """Make room for `length` tokens in a slot; `lengths` is set by whoever writes them."""

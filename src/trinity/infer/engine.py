@@ -9,7 +9,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -18,9 +18,13 @@ from trinity.base.errors import UserError
 from trinity.infer.attention import Chunk, Step
 from trinity.infer.cache import Cache
 from trinity.infer.forward import forward
+from trinity.infer.paths import Path, use_kernels
 from trinity.infer.sampling import SamplingParams, TokenStream, most_probable, sample
 from trinity.infer.text import Decoder, TextStream
 from trinity.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from trinity.infer.lookahead import Lookahead
 
 Finish = Literal["stop", "length", "cancelled"]
 
@@ -84,7 +88,9 @@ class Engine:
 
     max_batch: requests decoded together. max_tokens: prompt and answer tokens that admitted requests may come to
     together, which bounds the cache; None: as many as max_batch requests of the model's positions. prefill_chunk:
-    prompt tokens of one forward pass. The cache has the type of the embedding's weights and grows with use.
+    prompt tokens of one forward pass. cache_dtype: by default the type of the embedding's weights; float8_e4m3fn
+    halves the cache of a bfloat16 model. The cache grows with use. path: see `paths.use_kernels`. fp8_weights: with
+    the kernels, multiply with quantised copies of the weights (`ops.block_fp8`).
     """
 
     def __init__(
@@ -97,6 +103,9 @@ class Engine:
         prefill_chunk: int = 1024,
         block: int = 64,
         return_experts: bool = False,
+        cache_dtype: torch.dtype | None = None,
+        path: Path = "auto",
+        fp8_weights: bool = False,
     ) -> None:
         self.model = model
         self.config = model.config
@@ -105,12 +114,30 @@ class Engine:
         self._device = model.embed.weight.device
         self._max_tokens = max_tokens or max_batch * self.config.max_positions
         self._prefill_chunk = prefill_chunk
-        self.cache = Cache(self.config, max_batch, device=self._device, dtype=model.embed.weight.dtype, block=block)
+        self.cache = Cache(
+            self.config, max_batch, device=self._device, dtype=cache_dtype or model.embed.weight.dtype, block=block
+        )
+        self._ahead = None
+        self._rows: list[Request] = []
+        """Requests of the steps that are under way."""
+        if use_kernels(model, path):
+            from trinity.infer.kernels import Kernels
+            from trinity.infer.lookahead import Lookahead
+
+            limit = None if decoder is None else decoder.vocab_size
+            kernels = Kernels(model, fp8=fp8_weights, limit=limit)
+            self._ahead = Lookahead(kernels, self.cache, return_experts=return_experts)
+        elif fp8_weights:
+            raise UserError("FP8 weights need the kernels, which do not run here; quantise in an export instead")
         self._free_slots = list(range(max_batch - 1, -1, -1))
         self._waiting: deque[Request] = deque()
         self._prefilling: list[Request] = []
         self._decoding: list[Request] = []
         self._prefilled_last = False
+
+    def describe(self) -> str:
+        """The path of the forward pass in a few words, for a log."""
+        return "reference" if self._ahead is None else self._ahead.kernels.describe()
 
     @property
     def num_running(self) -> int:
@@ -124,7 +151,7 @@ class Engine:
         """Queue a prompt. Raises UserError when it is empty, has a token outside the vocabulary or cannot fit."""
         if not prompt:
             raise UserError("the prompt is empty; generation needs at least one token")
-        if not all(0 <= token < self.config.vocab_size for token in prompt):
+        if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
             raise UserError(f"the prompt has a token outside the vocabulary of {self.config.vocab_size}")
         if params.stop and self.decoder is None:
             raise UserError("stop strings need a tokenizer; give stop_ids instead")
@@ -224,20 +251,67 @@ class Engine:
         finished = [requests[i] for i in ready]
         self._prefilling = [request for request in self._prefilling if request not in finished]
         self._decoding += finished
-        return self._sample(finished, x_ND[last_B[ready]])
+        return self._sample(finished, self.model.head(x_ND[last_B[ready]]))
 
     def _decode(self) -> list[Event]:
+        if self._ahead is not None:
+            return self._decode_ahead(self._ahead)
         requests = list(self._decoding)
         chunks = []
         for request in requests:
             assert request.slot is not None
             chunks.append(Chunk(request.slot, request.completion.tokens[-1:]))
         x_ND, last_B = self._forward(requests, chunks)
-        return self._sample(requests, x_ND[last_B])
+        return self._sample(requests, self.model.head(x_ND[last_B]))
+
+    def _decode_ahead(self, ahead: "Lookahead") -> list[Event]:
+        """The tokens of the oldest step under way, while the device is busy with the next one.
+
+        The next step is launched before that only when it is certain to be wanted: the same requests, none of which
+        ends by its length. Where the host must know a token before another is chosen, or reports on its rivals, nothing
+        runs ahead.
+        """
+        if not ahead.num_launched:
+            self._rows = list(self._decoding)
+            ahead.start([_slot(r) for r in self._rows], [r.completion.tokens[-1] for r in self._rows])
+            if any(request.seen is not None or request.params.top_logprobs for request in self._rows):
+                ahead.launch()
+                for i, request in enumerate(self._rows):
+                    self._fed(request, ahead.experts(i))
+                return self._sample(self._rows, ahead.logits_BV)
+            self._launch(ahead)
+        rows = self._rows
+        if rows == self._decoding and all(len(r.completion.tokens) + 1 < r.max_new_tokens for r in rows):
+            self._launch(ahead)
+        tokens, logprobs, experts_LBk = ahead.collect()
+        events = []
+        for i, request in enumerate(rows):
+            if not request.done:  # else: stopped or cancelled while this step was under way
+                self._fed(request, None if experts_LBk is None else experts_LBk[:, i])
+                request.completion.top_logprobs.append([])
+                events.append(self._take(request, tokens[i], logprobs[i]))
+        return events
+
+    def _launch(self, ahead: "Lookahead") -> None:
+        ahead.launch()
+        params = [request.params for request in self._rows]
+        if any(p.temperature > 0 for p in params):
+            uniform = [request.uniform.next() if request.params.temperature > 0 else 0.0 for request in self._rows]
+            ahead.choose(*sample(ahead.logits_BV, params, uniform, [None] * len(params), self._vocab_size))
+        ahead.send()
+
+    def _fed(self, request: Request, experts_Lk: torch.Tensor | None) -> None:
+        request.fed += 1
+        if experts_Lk is not None:
+            request.routed.append(experts_Lk[None])
 
     def _forward(self, requests: Sequence[Request], chunks: Sequence[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
-        step = Step(self.cache, chunks, self.config.window, self._device)
-        x_ND, experts_NLk = forward(self.model, step, return_experts=self.return_experts)
+        step = Step(self.cache, chunks, self.config.window, self._device, masks=self._ahead is None)
+        if self._ahead is None:
+            x_ND, experts_NLk = forward(self.model, step, return_experts=self.return_experts)
+        else:
+            self._ahead.kernels.refresh()
+            x_ND, experts_NLk = self._ahead.kernels.prefill(step, return_experts=self.return_experts)
         step.commit()
         start = 0
         for request, chunk in zip(requests, chunks, strict=True):
@@ -248,13 +322,17 @@ class Engine:
             start += count
         return x_ND, step.last_B
 
-    def _sample(self, requests: Sequence[Request], x_BD: torch.Tensor) -> list[Event]:
+    @property
+    def _vocab_size(self) -> int | None:
+        return None if self.decoder is None else self.decoder.vocab_size
+
+    def _sample(self, requests: Sequence[Request], logits_BV: torch.Tensor) -> list[Event]:
         params = [request.params for request in requests]
         uniform = [request.uniform.next() if request.params.temperature > 0 else 0.0 for request in requests]
-        vocab_size = None if self.decoder is None else self.decoder.vocab_size
-        logits_BV = self.model.head(x_BD)
-        tokens_B, logprobs_B = sample(logits_BV, params, uniform, [request.seen for request in requests], vocab_size)
-        for request, top in zip(requests, most_probable(logits_BV, params, vocab_size), strict=True):
+        tokens_B, logprobs_B = sample(
+            logits_BV, params, uniform, [request.seen for request in requests], self._vocab_size
+        )
+        for request, top in zip(requests, most_probable(logits_BV, params, self._vocab_size), strict=True):
             request.completion.top_logprobs.append(top)
         # The one point of a step where the host waits for the device.
         tokens, logprobs = tokens_B.tolist(), logprobs_B.tolist()
@@ -299,6 +377,11 @@ class Engine:
             self._free_slots.append(request.slot)
             request.slot = None
         return rest
+
+
+def _slot(request: Request) -> int:
+    assert request.slot is not None
+    return request.slot
 
 
 @contextmanager
