@@ -109,8 +109,8 @@ class ChoiceTask(Task):
 
     def example(self, record: Record) -> str:
         gold = record["gold"]
-        contexts = [self.question(record)] * (gold + 1) if self.contexts is None else self.contexts(record)
-        return f"{contexts[gold]}{self.choices(record)[gold]}"
+        start = self.contexts(record)[gold] if self.contexts is not None else self.question(record)
+        return f"{start}{self.choices(record)[gold]}"
 
     def pairs(self, record: Record, shots: Sequence[Record]) -> list[tuple[str, str]]:
         """(context, continuation) of each choice."""
