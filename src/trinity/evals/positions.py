@@ -14,7 +14,8 @@ import torch
 from trinity.base.errors import UserError
 from trinity.base.rng import derive
 from trinity.data.permutation import Permutation
-from trinity.data.rows import Chunk, DocumentStore, copy_chunk, empty_rows, finish_row, to_device
+from trinity.data.rows import Chunk, copy_chunk, empty_rows, finish_row, to_device
+from trinity.data.shards import Shards
 from trinity.evals.scoring import target_logprobs
 from trinity.model.transformer import Transformer
 
@@ -32,7 +33,7 @@ def ranges(seq_len: int) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, store: DocumentStore, bytes_V: np.ndarray, seq_len: int, documents: int, micro_rows: int = 1
+    model: Transformer, store: Shards, bytes_V: np.ndarray, seq_len: int, documents: int, micro_rows: int = 1
 ) -> dict[str, Any]:
     """`{seq_len, domains: {name: {documents, bits_per_byte, loss, positions: [{from, to, loss, bits_per_byte,
     standard_error, tokens}]}}}`; up to `documents` documents of each domain in a fixed order.
