@@ -34,6 +34,7 @@ class MappedStore:
     """Random tokens of random documents in a memory-mapped file."""
 
     domains = ("web", "code", "books")
+    sources = ("made up",)
     fingerprint = tokenizer_fingerprint = "bench"
 
     def __init__(self, path: Path, num_tokens: int) -> None:
@@ -41,6 +42,7 @@ class MappedStore:
         lengths = np.exp(rng.normal(np.log(600), 1.35, num_tokens // 1000)).astype(np.int64) + 2
         self.lengths = lengths[: int(np.searchsorted(lengths.cumsum(), num_tokens))]
         self.domain_ids = rng.choice(3, len(self.lengths), p=[0.7, 0.25, 0.05])
+        self.source_ids = np.zeros(len(self.lengths), np.int64)
         self._starts = (self.lengths.cumsum() - self.lengths).tolist()
         path.write_bytes(rng.integers(0, 200_000, int(self.lengths.sum()), dtype=np.uint32).tobytes())
         with path.open("rb") as file:

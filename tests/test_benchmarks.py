@@ -18,6 +18,7 @@ from trinity.evals.benchmarks.run import entries, prepare, summarize, table
 from trinity.evals.benchmarks.suites import SUITES
 from trinity.evals.benchmarks.task import ChoiceTask, kind
 from trinity.evals.language_model import NativeModel
+from trinity.export.afmoe import export_afmoe
 from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
 
@@ -268,3 +269,20 @@ def test_final_answers() -> None:
     assert not answers.matches_any(" Beatles fans", ["Beatles"])
     assert answers.contains_any("It was Paris, in 1900.", ["paris"])
     assert not answers.contains_any("It was Parisian.", ["Paris"])
+
+
+def test_the_command_line_scores_a_saved_model(data: Path, random_model: NativeModel, tmp_path: Path, capsys) -> None:
+    model = random_model.model
+    export_afmoe(model, model.config, random_model.tokenizer, tmp_path / "model")
+    arguments = ["eval", str(tmp_path / "model"), "--bench", "copa", "--bench", "triviaqa", "--limit", "4"]
+    arguments += ["--data", str(data), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["results"]
+    assert (found["copa"]["samples"], found["copa"]["chance"]) == (4, 0.5)
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "4 of 4 answers are there already" in captured.err
+    assert captured.out.splitlines()[0].startswith("benchmark  metric")
+    capsys.readouterr()
+    assert main([*arguments[:-6], "--limit", "3", *arguments[-6:]]) == 1
+    assert "other questions of copa" in capsys.readouterr().err

@@ -105,7 +105,7 @@ def sentence(text: str) -> str:
 def test_the_whole_path(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "runs/chat", "--shards", "shards", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
-    assert list(results) == ["heldout", "niah", "arithmetic", "arithmetic_chat"]
+    assert list(results) == ["heldout", "positions", "niah", "arithmetic", "arithmetic_chat"]
     assert set(results["heldout"]["domains"]) == {"prose", "math"}
     assert results["arithmetic"]["samples"] == 2  # by the run's settings
     assert main(["eval", "model", "--task", "niah", "--set", "eval.niah_samples=1"]) == 0

@@ -9,8 +9,9 @@ from test_train_gpu import gpu_job
 from trainbench.check import differences, gradients, within
 from trainbench.shapes import made_up_rows
 from trinity.config import RunConfig, resolve
+from trinity.model.transformer import Transformer
 from trinity.ops.experts import reference_experts, sort_by_expert
-from trinity.train import language_model_loss
+from trinity.train import TrainJob, language_model_loss
 from trinity.train.compilation import compile_blocks
 from trinity.train.guard import SpikeGuard
 from trinity.train.launch import Graphed
@@ -45,10 +46,11 @@ def test_gradients_are_those_of_the_reference(graphs: bool, compiled: bool) -> N
     assert within(errors, yardstick), (errors, yardstick)
 
 
-def runner(*overrides: str) -> tuple[StepRunner, object]:
+def runner(*overrides: str) -> tuple[StepRunner, TrainJob]:
     job = gpu_job(Path(), [], "pretrain.batch=[{from_tokens=0, rows=8}]", *overrides)
     device = torch.device("cuda", 0)
-    compile_blocks(job.model, job.config.runtime, device)  # pyright: ignore[reportArgumentType]
+    assert isinstance(job.model, Transformer)
+    compile_blocks(job.model, job.config.runtime, device)
     masters = MasterWeights(job.model, torch.bfloat16)
     guard = SpikeGuard(job.config.guard, device)
     made = StepRunner(job.model, job.optimizer, language_model_loss, job.config, guard, masters, device)

@@ -40,7 +40,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> Transformer:
-    model = Transformer(tiny_config(Path(), model={"max_positions": POSITIONS}).model)
+    sizes = {"max_positions": POSITIONS, "vocab_size": tokenizer.vocab_size}
+    model = Transformer(tiny_config(Path(), model=sizes).model)
     model.init_weights(5)
     return model.eval()
 

@@ -37,6 +37,13 @@ def test_a_layout_trains_as_one_process(alone: Path, ranks: int) -> None:
     run(compare_layouts, ranks, str(alone), LAYOUTS[ranks], settings)
 
 
+def test_stacks_of_experts_that_do_not_share_out_evenly_are_split_by_rows(tmp_path: Path) -> None:
+    """Six experts over four ranks, and three over two: the matrices of experts travel for Muon, too."""
+    settings = config("model.num_experts=6")
+    reference(tmp_path, settings, torch.device("cpu"))
+    run(compare_layouts, 4, str(tmp_path), [{}, {"expert": 2}], settings)
+
+
 SAVED: dict[str, tuple[int, dict[str, int] | None]] = {
     "one": (1, None),
     "fsdp2": (2, {}),

@@ -277,6 +277,7 @@ def test_margins_are_histograms_of_the_tokens_that_are_not_padding() -> None:
     for margins_EB, routing, router in zip(found.routing.margins_LEB, seen, routers(model), strict=True):
         by_hand_EB = torch.zeros(6, MARGIN_BINS, dtype=torch.int64)
         low, high = router.bias.min() - 1, router.bias.max() + 1
+        assert routing.scores_NE is not None
         for scores_E in routing.scores_NE.detach()[segments.flatten() >= 0]:
             cutoff = (scores_E + router.bias).sort(descending=True).values[router.experts_per_token]
             for expert, score in enumerate(scores_E):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layouts import SETTINGS
+from test_train_checkpoint import DyingDisk, Killed, die_after
 from trinity.base.errors import UserError
 from trinity.config import resolve
 from trinity.export.reading import import_afmoe
@@ -18,7 +19,15 @@ from trinity.export.shards import export_shards
 from trinity.model.transformer import Transformer
 from trinity.parallel.saved import SavedTensors, parts_metadata
 from trinity.parallel.slices import Slice, chunk
-from trinity.train.checkpoint import Part, Snapshot, load_checkpoint, partial_folder, prepare
+from trinity.train.checkpoint import (
+    Part,
+    Snapshot,
+    clean_partials,
+    list_checkpoints,
+    load_checkpoint,
+    partial_folder,
+    prepare,
+)
 from trinity.train.manifest import part_name
 from trinity.train.tensorfile import write_tensors
 from trinity.train.writer import CheckpointWriter
@@ -144,6 +153,39 @@ def test_a_part_that_does_not_come_or_fails_leaves_nothing(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"step 5 could not be written .* part 1: File exists"):
         main.save(parts_of(5, 0, tensors), wait=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_main_rank_killed_at_every_write_leaves_a_whole_checkpoint_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"x": torch.randn(5, 3)}
+
+    def save(folder: Path, survives: int) -> DyingDisk:
+        assert prepare(folder, 4)
+        writers = [CheckpointWriter(folder, 2, 0, main=main, timeout=5) for main in (True, False)]
+        writers[1].save(parts_of(4, 1, tensors), wait=True)
+        with monkeypatch.context() as patch:
+            disk = die_after(patch, survives)
+            if survives > 1000:
+                writers[0].save(parts_of(4, 0, tensors), wait=True)
+            else:
+                with pytest.raises(Killed):
+                    writers[0].save(parts_of(4, 0, tensors), wait=True)
+        return disk
+
+    changes = save(tmp_path / "count", 10**9).calls
+    assert changes >= 14
+    committed = 0
+    for survives in range(changes):
+        folder = tmp_path / f"dies-{survives}"
+        save(folder, survives)
+        found = list_checkpoints(folder)
+        committed += len(found)
+        for info in found:
+            assert torch.equal(load_checkpoint(info.path).model["x"], tensors["x"])
+        clean_partials(folder)
+        assert [path.name for path in folder.iterdir()] == [info.path.name for info in found]
+    assert committed <= 1  # only after the rename
 
 
 def test_parts_are_exported_without_a_model(tmp_path: Path) -> None:

@@ -99,8 +99,10 @@ def test_the_suite_runs_everything_and_refuses_what_it_cannot(setup):
     results = run_suite(
         model, tokenizer, config.eval, shards=shards, seq_len=64, on_result=lambda name, _: told.append(name)
     )
-    assert list(results) == told == ["heldout", "niah", "arithmetic", "arithmetic_chat"]
-    assert all("standard_error" in result for result in results.values())
+    assert list(results) == told == ["heldout", "positions", "niah", "arithmetic", "arithmetic_chat"]
+    by_position = [part for domain in results.pop("positions")["domains"].values() for part in domain["positions"]]
+    assert by_position
+    assert all("standard_error" in result for result in [*results.values(), *by_position])
     with pytest.raises(UsageError, match="did you mean 'niah'"):
         run_suite(model, tokenizer, config.eval, names=["nia"])
     with pytest.raises(UsageError, match="needs shards"):

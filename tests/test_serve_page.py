@@ -206,7 +206,11 @@ def test_files_are_attached_and_errors_are_shown(page: WebDriver, tmp_path: Path
     assert "positions" in page.find_elements(By.CSS_SELECTOR, ".turn.assistant .note")[-1].text
     picture(page, "error")
     # The browser itself logs the refused request; that is the one message allowed.
-    logged = [entry["message"] for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
+    logged = [
+        entry["message"]
+        for entry in page.get_log("browser")  # pyright: ignore[reportAttributeAccessIssue]
+        if entry["level"] == "SEVERE"
+    ]
     assert all("400" in message for message in logged), logged
 
 

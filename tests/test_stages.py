@@ -73,7 +73,14 @@ def test_pretraining_learns_and_leaves_a_model_that_loads(base):
 
 def test_the_start_names_paths_and_optimizers(base):
     (start,) = RunDir(base).read_events("start")
-    assert set(start["paths"]) == {"local attention", "global attention", "experts", "matrix products"}
+    assert set(start["paths"]) == {
+        "local attention",
+        "global attention",
+        "experts",
+        "matrix products",
+        "norms, RoPE, gate, routing",
+        "micro-batch",
+    }
     optimizers = {row[0]: row[3] for row in start["optimizer"]}
     assert optimizers["layers.*.attn.qkvg.weight"] == "Muon"
     assert optimizers["embed.weight"] == "AdamW"

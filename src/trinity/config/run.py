@@ -109,8 +109,8 @@ class DataConfig(Frozen):
     prefetch: NonNegativeInt = 2
     """Batches assembled ahead of the step by a background thread; 0 assembles inline."""
     workers: PositiveInt = 1
-    """Threads that fill a batch's rows, each for some of the streams. One keeps up with a GPU while the shards are in the
-    memory of the machine; several wait for a slow disk at the same time."""
+    """Threads that fill a batch's rows, each for some of the streams. One keeps up with a GPU while the shards are in
+    memory; several wait for a slow disk at the same time."""
 
 
 class Phase(Frozen):

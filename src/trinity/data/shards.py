@@ -113,9 +113,13 @@ class Shards:
     def _domain_ids(self) -> np.ndarray:
         return self._columns["domain_ids"].whole()
 
-    @cached_property
+    @property
     def source_ids(self) -> np.ndarray:
         """[n] uint32: index into `sources`."""
+        return self._source_ids
+
+    @cached_property
+    def _source_ids(self) -> np.ndarray:
         return self._columns["source_ids"].whole()
 
     @cached_property
@@ -128,8 +132,12 @@ class Shards:
         """[n] of 16 bytes: content hash of each document."""
         return self._columns["hashes"].whole()
 
-    @cached_property
+    @property
     def sources(self) -> list[str]:
+        return self._sources
+
+    @cached_property
+    def _sources(self) -> list[str]:
         return [self._text("sources", "source_ends", number) for number in range(len(self._columns["source_ends"]))]
 
     def tokens(self, doc: int, start: int = 0, stop: int | None = None) -> np.ndarray:

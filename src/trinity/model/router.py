@@ -88,8 +88,8 @@ class Router(nn.Module):
                 from trinity.ops.kernels.routing import Select
 
                 k = self.experts_per_token
-                chosen = Select.apply(logits_NE, self.bias, k, self.route_norm, self.route_scale)
-                return Routing(*chosen, None, logits_NE)
+                indices_Nk, weights_Nk = Select.apply(logits_NE, self.bias, k, self.route_norm, self.route_scale)
+                return Routing(indices_Nk, weights_Nk, None, logits_NE)
         scores_NE = logits_NE.sigmoid()
         biased_NE = scores_NE.detach() + self.bias
         bins_NE = None

@@ -156,7 +156,13 @@ class Transformer(nn.Module):
             "global attention": layout.global_plan.describe(),
             "experts": describe_experts(weight.device) if fast else "reference, loop over experts",
             "matrix products": describe_matmul(weight) if fast else str(weight.dtype).removeprefix("torch."),
+            "norms, RoPE, gate, routing": self._describe_small(weight.device) if fast else "reference",
         }
+
+    def _describe_small(self, device: torch.device) -> str:
+        if any(block._compiled_call_impl is not None for block in self.blocks):
+            return "torch.compile, block by block"
+        return "hand-written gradients" if device.type == "cpu" else "Triton kernels"
 
     def rotation(self, positions_BT: Tensor) -> Rotation:
         """RoPE's angles, to share between the layers: `Attention.project` takes it in place of positions."""

@@ -51,6 +51,8 @@ class Sharding:
     """This rank's part of every parameter."""
     units: list[FSDPModule] = field(default_factory=list)
     """Modules that are gathered as one, the root first."""
+    alone: list[FSDPModule] = field(default_factory=list)
+    """Units whose weights are on one rank only: they are cast once a step instead of gathered for every pass."""
     context: ContextLayout | None = None
     """Where a row's tokens are spread over ranks."""
 
@@ -73,9 +75,16 @@ class Sharding:
             self.reshard()
 
     def micro_batch(self, *, last: bool) -> None:
-        """Say before each backward pass whether it is the step's last: replicas add up gradients only then."""
+        """Say before each backward pass whether it is the step's last: replicas add up gradients only then.
+
+        Where a unit's weights lie on one rank whole, so do its gradients, and reducing them to shards would only copy
+        them: they add up in float32 as they are until the last pass.
+        """
         if self.meshes.sizes.replicate > 1:
             self.units[0].set_requires_all_reduce(last)
+        for unit in self.alone:
+            unit.set_reshard_after_backward(last, recurse=False)
+            unit.set_requires_gradient_sync(last, recurse=False)
         self.units[0].set_is_last_backward(last)
 
     def reshard(self) -> None:
@@ -201,13 +210,18 @@ def shard_model(model: Transformer, meshes: Meshes, settings: RuntimeConfig) -> 
         fully_shard(
             module,
             mesh=mesh,
+            reshard_after_forward=None if ranks > 1 else False,
             shard_placement_fn=lambda p: place(p, ranks),
             mp_policy=policy,
             ignored_params=replicated,
         )
-        units.append(module)  # pyright: ignore[reportArgumentType]  # it is an FSDPModule now
+        assert isinstance(module, FSDPModule)
+        units.append(module)
+        if ranks == 1:
+            alone.append(module)
 
     units: list[FSDPModule] = []
+    alone: list[FSDPModule] = []
     if sizes.expert > 1:
         dispatcher = ExpertParallel(AllToAll(meshes.expert_group))
         for block in model.blocks:
@@ -231,7 +245,7 @@ def shard_model(model: Transformer, meshes: Meshes, settings: RuntimeConfig) -> 
     parameters = dict(model.named_parameters())
     slices = {name: _slice(name, parameter, meshes) for name, parameter in parameters.items()}
     context = split_rows(model, meshes.context_group, sizes.context_order) if sizes.context > 1 else None
-    return Sharding(model, meshes, parameters, slices, units, context)
+    return Sharding(model, meshes, parameters, slices, units, alone, context)
 
 
 def _keep_own_experts(experts: Experts, meshes: Meshes) -> None:

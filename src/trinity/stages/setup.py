@@ -27,6 +27,7 @@ from trinity.tokenizer import Tokenizer
 from trinity.train.checkpoint import checkpoint_name
 from trinity.train.compilation import compile_blocks
 from trinity.train.job import Silent, TrainJob, TrainResult
+from trinity.train.launch import LAUNCHED, RECORDED, is_recorded
 from trinity.train.loop import train
 
 # Settings that may differ between a stage and the model that it starts from: where weights began, and how far rows
@@ -89,7 +90,7 @@ class StageResult:
     """The export of the final weights; None when the stage was interrupted or saves nothing."""
 
 
-def about(stage: Stage) -> dict[str, Any]:
+def about(stage: Stage, job: TrainJob) -> dict[str, Any]:
     """Environment, the path that each operation takes, and which optimizer moves what, for the start event."""
     device = torch.cuda.get_device_name(stage.device) if stage.device.type == "cuda" else platform.processor() or "cpu"
     environment = {
@@ -103,9 +104,11 @@ def about(stage: Stage) -> dict[str, Any]:
     # The shortest row that has a window: the paths are the same, the masks of a long row would cost memory.
     length = min(stage.settings.seq_len // stage.config.parallel.context, stage.config.model.window + 1)
     layout = stage.model.layout((1, length + length % 2))
+    alone = dist.world_size() == 1 and stage.sharding is None
+    recorded = is_recorded(stage.config.runtime, stage.device, job.loss, alone=alone)
     return {
         "environment": environment,
-        "paths": stage.model.paths(layout),
+        "paths": stage.model.paths(layout) | {"micro-batch": RECORDED if recorded else LAUNCHED},
         "generates": stage.generates,
         "optimizer": [list(row) for row in stage.optimizer.table()],
     }
@@ -253,7 +256,7 @@ def run_stage(stage: Stage, job: TrainJob) -> StageResult:
     if not stage.run.read_events("start") and stage.run.model.exists():  # it would be replaced at the end
         raise UserError(f"{stage.run.model} exists already, but no run is recorded beside it: choose another --run-dir")
     stage.run.create()
-    result = train(replace(job, about={**about(stage), **job.about}, sharding=stage.sharding))
+    result = train(replace(job, about={**about(stage, job), **job.about}, sharding=stage.sharding))
     if not (result.finished and stage.config.checkpoint.enabled):
         return StageResult(result, None)
     dist.place.arrive("the export")

@@ -1,8 +1,8 @@
 """Ids of byte strings that are not UTF-8 all through, in linear time however often text and other bytes alternate.
 
 Every call into the library costs as much as some ten tokens, and a megabyte of random bytes has a quarter of a million
-stretches of valid text. Here equal stretches are encoded once, and short ones many at a time: joined by a character that
-none of them holds, with a first cut around that character. Later cuts see each stretch as a text of its own.
+stretches of valid text. Here equal stretches are encoded once, and short ones many at a time: joined by a character
+that none of them holds, with a first cut around that character. Later cuts see each stretch as a text of its own.
 """
 
 import re

@@ -9,21 +9,28 @@ Only losses that decide nothing on the host may be recorded (`CAPTURABLE`), on o
 """
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
 from trinity.config import LossConfig
+from trinity.config.run import RuntimeConfig
 from trinity.train.losses import Batch, LossFunction, LossOutput, Share, language_model_loss
 
 CAPTURABLE: frozenset[LossFunction] = frozenset({language_model_loss})
 """Losses whose Python code depends on shapes alone."""
+RECORDED, LAUNCHED = "one CUDA graph", "operations launched one by one"
 WARM_UP = 2
 """Micro-batches of a shape that are launched before the third is recorded: kernels compile and tune themselves then."""
 MAX_GRAPHS = 2
 """Shapes that are recorded; micro-batches of further shapes are launched. Graphs share their memory."""
+
+
+def is_recorded(runtime: RuntimeConfig, device: torch.device, loss: LossFunction, *, alone: bool) -> bool:
+    """Whether micro-batches are recorded; `alone`: one rank, with all weights."""
+    return runtime.cuda_graphs and device.type == "cuda" and alone and loss in CAPTURABLE
 
 
 class Launched:
@@ -32,7 +39,7 @@ class Launched:
     def __init__(self, model: nn.Module, loss: LossFunction, settings: LossConfig) -> None:
         self.model, self.loss, self.settings = model, loss, settings
 
-    def begin(self, optimizer_zero_grad) -> None:
+    def begin(self, optimizer_zero_grad: Callable[[], None]) -> None:
         """Gradients at zero, at the start of a step."""
         optimizer_zero_grad()
 
@@ -43,7 +50,7 @@ class Launched:
         return detached(output)
 
     def describe(self) -> str:
-        return "operations launched one by one"
+        return LAUNCHED
 
 
 @dataclass
@@ -69,7 +76,7 @@ class Graphed(Launched):
         self._seen: dict[tuple, int] = {}
         self._recorded: dict[tuple, _Recorded] = {}
 
-    def begin(self, optimizer_zero_grad) -> None:
+    def begin(self, optimizer_zero_grad: Callable[[], None]) -> None:
         """Gradients at zero in buffers that keep their addresses."""
         if self._gradients is None:
             optimizer_zero_grad()
@@ -97,7 +104,7 @@ class Graphed(Launched):
         return self._replay(recorded, batch, share)
 
     def describe(self) -> str:
-        return "one CUDA graph per micro-batch"
+        return RECORDED
 
     def _record(self, batch: Batch, share: Share) -> _Recorded:
         batch = _rebuilt(batch, {name: t.clone() for name, t in _tensors(batch).items()})

@@ -165,11 +165,6 @@ class _Rehearsing:
         config, ledger = self.config, self.ledger
         ranks = self.sizes.world
         meshes = build_meshes(config.parallel, ranks, "cpu") if ranks > 1 else None
-        if meshes is not None:
-            experts, around = own_group(meshes.expert_group), own_group(meshes.context_group)
-            ledger.groups = group_names(meshes, experts, around)
-            if self.sizes.context > 1:  # what is cached must not be fake
-                context.prepare(self.split, meshes.context_rank, config.model.window, torch.device("cpu"))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
             model = MetaModel(config.model, recompute=config.runtime.recompute)
@@ -178,12 +173,17 @@ class _Rehearsing:
             model.to_empty(device="cpu")
         else:
             sharding = shard_model(model, meshes, config.runtime)
-            route_evenly(model, experts)
             exchange = MuonExchange(sharding, config.model)
-        with mode, ledger.watching():
-            model.layout_maker = shapes_layout
-            if meshes is not None and self.sizes.context > 1:
+        model.layout_maker = shapes_layout
+        if meshes is not None:
+            experts, around = own_group(meshes.expert_group), own_group(meshes.context_group)
+            ledger.groups = group_names(meshes, experts, around)
+            route_evenly(model, experts)
+            if self.sizes.context > 1:
                 model.layout_maker = ShapesContext(around, self.sizes.context_order)
+                # What is cached must not be fake.
+                context.prepare(self.split, meshes.context_rank, config.model.window, torch.device("cpu"))
+        with mode, ledger.watching():
             optimizer = build_optimizer(model, config.model, config.optim, exchange)
             parameters = [local(p.detach()) for p in model.parameters()]
             ledger.claim(PARAMETERS, parameters)

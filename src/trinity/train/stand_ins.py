@@ -18,7 +18,7 @@ from trinity.model.norm import Kernels
 from trinity.model.rope import rotation
 from trinity.model.router import Documents
 from trinity.model.transformer import Transformer
-from trinity.ops import cross_entropy, matmul
+from trinity.ops import cross_entropy, experts, matmul
 from trinity.ops.key_ranges import KeyRanges
 from trinity.ops.newton_schulz import orthogonalize
 from trinity.ops.swiglu import swiglu
@@ -117,6 +117,7 @@ def gpu_paths() -> Iterator[None]:
     """Operations take on fake CPU tensors the path that they take on a GPU."""
     replaced: Sequence[tuple[Any, str, Any]] = (
         (moe, "grouped_experts", _grouped_experts),
+        (experts, "grouped_experts", _grouped_experts),
         (matmul, "cpu_has_bfloat16", lambda: True),
         (cross_entropy, "_chunk_size", lambda chunk_tokens, _: chunk_tokens),
         (_Batch, "stack", _stack),

@@ -19,7 +19,7 @@ from trinity.optim.schedule import PlannedStep
 from trinity.parallel.shard import Sharding
 from trinity.train.guard import SpikeGuard
 from trinity.train.job import Optimizer
-from trinity.train.launch import CAPTURABLE, Graphed, Launched
+from trinity.train.launch import Graphed, Launched, is_recorded
 from trinity.train.losses import LossFunction, LossOutput, Share, to_device
 from trinity.train.metrics import Packed
 from trinity.train.precision import MasterWeights
@@ -52,8 +52,7 @@ class StepRunner:
 
     def _launcher(self) -> Launched:
         alone = dist.world_size() == 1 and self.sharding is None
-        graphs = self.config.runtime.cuda_graphs and self.device.type == "cuda" and alone
-        if graphs and self.loss in CAPTURABLE:
+        if is_recorded(self.config.runtime, self.device, self.loss, alone=alone):
             masters = self.masters.masters()
             parameters = [masters.get(name, working) for name, working in self.model.named_parameters()]
             return Graphed(self.model, self.loss, self.config.loss, parameters)

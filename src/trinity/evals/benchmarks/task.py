@@ -110,7 +110,7 @@ class ChoiceTask(Task):
     def example(self, record: Record) -> str:
         gold = record["gold"]
         start = self.contexts(record)[gold] if self.contexts is not None else self.question(record)
-        return start + self.choices(record)[gold]
+        return f"{start}{self.choices(record)[gold]}"
 
     def pairs(self, record: Record, shots: Sequence[Record]) -> list[tuple[str, str]]:
         """(context, continuation) of each choice."""

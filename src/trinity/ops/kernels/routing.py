@@ -38,7 +38,7 @@ def _select(
         weight = tl.sum(tl.where(is_chosen, score, 0.0), 1)
         picked = tl.where(slot == j, weight[:, None], picked)
         left = tl.where(is_chosen, float("-inf"), left)
-        tl.store(indices + row * K + j, chosen.to(tl.int64), mask=row < N)
+        tl.store(indices + row * K + j, chosen.to(tl.int64), mask=row < N)  # pyright: ignore[reportAttributeAccessIssue]
     if NORMALISE:
         picked = picked / (tl.sum(picked, 1)[:, None] + 1e-20)
     tl.store(weights + row[:, None] * K + slot, picked * scale, mask=(row < N)[:, None] & (slot < K))
