@@ -134,4 +134,4 @@ def test_what_llama_cpp_computes_differently_is_refused() -> None:
         ({"num_shared_experts": 0}, "shared expert"),
     ):
         with pytest.raises(UserError, match=words):
-            check_gguf(CONFIG.model_copy(update=changes))
+            check_gguf(ModelConfig(**{**CONFIG.model_dump(), **changes}))

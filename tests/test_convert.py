@@ -84,7 +84,6 @@ def test_plain_to_plain_keeps_every_bit(plain: Path, tmp_path: Path) -> None:
 
 def test_no_more_than_one_file_is_in_memory(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts what is alive of the tensors that were read, at every read."""
-    import gc
     import weakref
 
     alive: list[weakref.ref[torch.Tensor]] = []
@@ -94,7 +93,6 @@ def test_no_more_than_one_file_is_in_memory(plain: Path, tmp_path: Path, monkeyp
     def counted(self: Format, public: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
         nonlocal most
         tensors = stored(self, public, value)
-        gc.collect()
         alive.extend(weakref.ref(tensor) for tensor in tensors.values())
         now = sum(tensor.nbytes for ref in alive if (tensor := ref()) is not None)
         most = max(most, now)

@@ -117,6 +117,7 @@ def test_sampled_penalised_and_stopped_answers_equal_the_reference_path(model: T
     assert expected[0].tokens == free.tokens[: free.tokens.index(free.tokens[2]) + 1]
 
 
+@pytest.mark.slow  # in the interpreter
 def test_a_step_is_under_way_when_tokens_are_read(model: Transformer) -> None:
     engine = Engine(model, path="fast")
     request = engine.submit(tokens(4), GREEDY)
