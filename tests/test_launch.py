@@ -93,4 +93,4 @@ def test_ranks_with_other_settings_and_mistakes_are_refused_once(tmp_path: Path)
     _, errors = finish(process)
     assert process.returncode != 0
     assert errors.count("trinity: ") == 1, errors
-    assert "3 rows cannot be shared by 2 ranks" in errors
+    assert "3 rows cannot be shared by 2 data-parallel ranks" in errors
