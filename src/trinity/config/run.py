@@ -215,7 +215,7 @@ class RLConfig(StageConfig):
     advantage_scale: Literal["std", "none"] = "std"
     """Divide a group's centred rewards by their standard deviation, or by nothing."""
     normalise: Literal["token", "answer", "constant"] = "token"
-    """The loss is a mean over the step's tokens, over answers of their means, or a sum over the most tokens possible."""
+    """The loss is a mean over tokens, over answers of their means, or the sum over the most tokens possible."""
     overlong_tokens: NonNegativeInt = 0
     """Over the last so many tokens before max_new_tokens the reward falls by up to 1; 0: it does not."""
     mask_cut: bool = False

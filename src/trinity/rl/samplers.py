@@ -1,4 +1,4 @@
-"""The native engine as the sampler of rollouts: on the weights being trained, or on a copy that another thread reads."""
+"""The native engine as the sampler of rollouts: on the weights being trained, or on a copy for another thread."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
