@@ -2,13 +2,13 @@
 
     python bench/rl.py --out DIR --minutes 9
 
-Nothing is needed but this repository: a tokenizer is trained on generated arithmetic, a small model pretrained on it and
-tuned on conversations, all by the command line's verbs. Then every variant of `VARIANTS` learns from rewards with every
-seed, in processes side by side on one GPU. With `--start RUN` the first part is taken from an earlier call's DIR/start.
+Nothing is needed but this repository: a tokenizer is trained on generated arithmetic, a small model pretrained on it
+and tuned on conversations, all by the command line's verbs. Then every variant of `VARIANTS` learns from rewards with
+every seed, in processes side by side on one GPU. `--start DIR/start` takes the first part from an earlier call.
 
 DIR/rl.json holds, by variant and seed: the reward of every step, scores on held-out problems before and after, the gap
-between sampler and trainer with the experts replayed and without, MaxVio, entropy, lengths; means over seeds with a 95 %
-interval of Student's t; and 50 sampled answers of each variant's first seed with their rewards. It is written anew
+between sampler and trainer with the experts replayed and without, MaxVio, entropy, lengths; means over seeds with a
+95 % interval of Student's t; and 50 sampled answers of each variant's first seed with their rewards. It is written anew
 whenever a run ends; runs that time cut short are counted with the steps that they did and say so.
 """
 
@@ -277,8 +277,7 @@ def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     shortest = min(len(run["reward"]) for run in runs)
 
     def mean(values: Sequence[float]) -> list[float | None]:
-        centre = sum(values) / len(values)
-        return [round(centre, 5), None if len(values) < 2 else round(interval(values)[1], 5)]
+        return [None if value is None else round(value, 5) for value in interval(values)]
 
     scores = [run["scores"].get("arithmetic", []) for run in runs]
     return {
