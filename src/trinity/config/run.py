@@ -41,6 +41,9 @@ class LossConfig(Frozen):
     """alpha of the sequence-wise balance loss."""
     chunk_tokens: PositiveInt = 2048
     """Tokens whose logits exist at the same time."""
+    cross_entropy: Literal["chunked", "liger", "cce"] = "chunked"
+    """Whose loss without full logits: ours, Liger Kernel's, or cut cross-entropy (a GPU and the package; cce without
+    z-loss)."""
 
 
 class OptimConfig(Frozen):
@@ -193,6 +196,15 @@ class SFTConfig(StageConfig):
     batch_rows: PositiveInt = 32
     held_out: Fraction = 0.05
     """Share of the conversations kept for evaluation, chosen by content hash."""
+    turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns have loss; a message's own `weight` (0 or 1) goes before."""
+    packing: Literal["best-fit", "rsdb", "single"] = "best-fit"
+    """best-fit: whole conversations, longest first into the fullest row with room; rsdb: drawn at random from a buffer,
+    a conversation that reaches the end of a row goes on in a later one; single: one conversation a row."""
+    template_samples: NonNegativeInt = 32
+    """Held-out conversations whose next turn is sampled, to see whether the answers keep to the template."""
+    sample_tokens: PositiveInt = 256
+    """Most tokens of such an answer."""
 
 
 class RLConfig(StageConfig):
