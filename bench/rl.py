@@ -146,7 +146,7 @@ def start_figures(start: Path) -> dict[str, Any]:
     for stage in ("pretrain", "sft"):
         records = read_jsonl(start / stage / "metrics.jsonl")
         losses = [r["loss"] for r in records if r["kind"] == "eval"]
-        steps = [r for r in records if r["kind"] == "step"]
+        steps = [r for r in records if r["kind"] == "step" and "seconds" in r]  # the others were jumped over
         found[stage] = {
             "steps": steps[-1]["step"],
             "tokens": steps[-1]["tokens"],
@@ -241,7 +241,7 @@ def collect(
 def measure(folder: Path) -> dict[str, Any] | None:
     """The figures of one run; None before its first steps."""
     records = read_jsonl(folder / "metrics.jsonl")
-    steps = [r for r in records if r["kind"] == "step"]
+    steps = [r for r in records if r["kind"] == "step" and "seconds" in r]
     if len(steps) < 2:
         return None
     curves = {name: [_short(r.get(name)) for r in steps] for name in FIELDS}
