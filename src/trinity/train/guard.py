@@ -12,10 +12,10 @@ balance update into no-ops. `GuardPolicy` runs on the host, as soon as the step'
 
 The score (deviations above the mean of the last 128 steps, one-sided, 6 of them are a spike) is that of OLMo-core's
 step-skipping optimizer. Ours differs in that a skipped step does not enter the history, a short history has a wider
-bound, and a new phase of the data starts a new one. A skipped step leaves the weights, so a gradient norm that has risen
-for good would be skipped for ever; in the first steps of a run that is common (AdamW's norms rise by a factor of ten and
-stay there, and the clipped steps do no harm), so as long as less than half a window is known a gradient norm is bad only
-beyond `EARLY_FACTOR` times their mean.
+bound, and a new phase of the data starts a new one. A skipped step leaves the weights, so a gradient norm that has
+risen for good would be skipped for ever; in the first steps of a run that is common (AdamW's norms rise by a factor of
+ten and stay there, and the clipped steps do no harm), so as long as less than half a window is known a gradient norm
+is bad only beyond `EARLY_FACTOR` times their mean.
 """
 
 from dataclasses import dataclass, field
