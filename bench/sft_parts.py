@@ -88,8 +88,8 @@ def measure_trl(options: argparse.Namespace, keep: Keep) -> None:
 
 def _trl(way: dict[str, Any], examples: list[dict[str, Any]], config: Any, options: argparse.Namespace) -> Any:
     import transformers
-    import trl
-    from datasets import Dataset
+    import trl  # pyright: ignore[reportMissingImports]
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
 
     cuda, settings = torch.cuda.is_available(), config.sft
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -144,13 +144,14 @@ def _load(path: Path, dtype: torch.dtype, cuda: bool) -> tuple[Any, str]:
     device = "cuda" if cuda else "cpu"
     for experts in ("grouped_mm", "eager"):
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, attn_implementation="sdpa", experts_implementation=experts
             )
             return model.to(device), experts
         except (TypeError, ValueError) as error:
             print(f"experts {experts}: {error}")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device), "default"
+    plain: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return plain.to(device), "default"
 
 
 def _watch(deadline: float) -> Any:
@@ -225,8 +226,8 @@ def _peak(
     head = (torch.randn(vocab, dim, device=device, dtype=dtype, generator=draws) * dim**-0.5).requires_grad_()
     targets = torch.randint(vocab, (tokens,), device=device, generator=draws)
     cuda = device == "cuda"
-    seconds = []
-    peak = 0.0
+    seconds: list[float] = []
+    peak, before, value = 0.0, 0, x.new_zeros(())
     for _ in range(3):
         x.grad = head.grad = None
         if cuda:
