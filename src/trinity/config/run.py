@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from trinity.config.base import Frozen
+from trinity.config.lora import LoRAConfig
 from trinity.config.model import ModelConfig
 from trinity.config.parallel import ParallelConfig
 
@@ -295,6 +296,7 @@ class RunConfig(Frozen):
     extend: ExtendConfig
     sft: SFTConfig
     rl: RLConfig
+    lora: LoRAConfig = LoRAConfig()
     eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     parallel: ParallelConfig = ParallelConfig()
