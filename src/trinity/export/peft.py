@@ -8,8 +8,8 @@ What PEFT (0.21, over transformers 5) gets right decides the form:
 - The routed experts are two stacked parameters: factors of all experts side by side, A [E * rank, in] by expert, B
   [out, rank * E] with the expert as the last axis. Gate and up are one parameter, so their two adapters become one of
   twice the rank, with zero blocks in B.
-- Patterns of ranks are matched with modules only. So all have one rank, filled up with zeros, and the scale alpha / rank
-  of each matrix is in its B. The true ranks stand in the file's metadata.
+- Patterns of ranks are matched with modules only. So all have one rank, filled up with zeros, and the scale
+  alpha / rank of each matrix is in its B. The true ranks stand in the file's metadata.
 
 With `per_expert` the experts are listed matrix by matrix as modules of their own (`experts.3.up_proj`), the form for
 engines that keep them apart; PEFT over transformers 5 does not load that.
