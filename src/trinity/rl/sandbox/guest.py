@@ -43,8 +43,6 @@ def main(control: int) -> None:
         return
     except Exception as error:  # told to the other side, which has no other way to know
         wire.send(connection, wire.pack({"failure": f"{type(error).__name__}: {error}"}))
-        if os.environ.get("TB"):
-            raise
         return
     wire.send(connection, wire.pack({}))
     worker.serve()
@@ -60,6 +58,7 @@ class Worker:
             self._filter = program.filter_of_this_machine()
         except OSError as error:
             raise LayerError("system call filter", error.strerror) from None
+        self._capabilities = kernel.count_capabilities()
         self._proc = -1
         if self._isolated:
             self._enter(settings["uid"])
@@ -251,8 +250,8 @@ class Worker:
         for number, handle in enumerate(moved):
             os.dup2(handle, number, inheritable=number < program.DONE)
         kernel.close_from(program.DONE + 1)
-        program.confine(self._limits, self._filter, namespaces=self._isolated)
-        if header["arguments"] is not None and not header["python"]:
+        program.confine(self._limits, self._filter, self._capabilities, namespaces=self._isolated)
+        if not header["python"]:
             environment = {**os.environ, **({"PYTHONPATH": ":".join(self._packages)} if self._packages else {})}
             program.become_command(header["arguments"], environment)
         program.run_python(source, header["arguments"], nonce)

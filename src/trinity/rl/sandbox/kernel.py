@@ -17,8 +17,8 @@ NAMESPACES = {
 
 MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x4000, 0x40000
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 0x1, 0x2, 0x4  # MOUNT_ATTR_*
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_SECUREBITS = 1, 4, 22, 24, 28
-PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 38, 47
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_READ, PR_CAPBSET_DROP = 1, 4, 22, 23, 24
+PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 28, 38, 47
 
 # Numbers are the same on every architecture since 5.0.
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR, _CLOSE_RANGE = 428, 429, 442, 436
@@ -28,6 +28,7 @@ _SIGCHLD = 17
 
 # PyDLL keeps the interpreter's lock over a call, which a call that forks depends on.
 _libc = ctypes.PyDLL(None, use_errno=True)
+_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 
 def machine() -> str:
@@ -101,8 +102,8 @@ def detach(target: str) -> None:
 
 
 def prctl(option: int, *arguments: int) -> int:
-    filled = [ctypes.c_ulong(a) for a in (*arguments, 0, 0, 0, 0)[:4]]
-    return _checked(_libc.prctl(ctypes.c_int(option), *filled), f"prctl {option}")
+    filled = (*arguments, 0, 0, 0, 0)[:4]
+    return _checked(_libc.prctl(option, *filled), f"prctl {option}")
 
 
 def close_from(first: int) -> None:
@@ -110,18 +111,19 @@ def close_from(first: int) -> None:
     _syscall("close_range", _CLOSE_RANGE, first, 0x7FFFFFFF, 0)
 
 
-def drop_capabilities() -> None:
+def count_capabilities() -> int:
+    """How many capabilities this kernel has."""
+    count = 0
+    while _libc.prctl(PR_CAPBSET_READ, count, 0, 0, 0) >= 0:
+        count += 1
+    return count
+
+
+def drop_capabilities(count: int) -> None:
     """Give up all capabilities for good: bounding, ambient, inheritable, permitted, effective."""
     prctl(PR_CAP_AMBIENT, 4)  # PR_CAP_AMBIENT_CLEAR_ALL
-    capability = 0
-    while True:
-        try:
-            prctl(PR_CAPBSET_DROP, capability)
-        except OSError as error:
-            if error.errno == 22:  # past the last one that this kernel has
-                break
-            raise
-        capability += 1
+    for capability in range(count):
+        prctl(PR_CAPBSET_DROP, capability)
     prctl(PR_SET_SECUREBITS, 0xEF)  # no rights by uid 0, none kept over setuid, none ambient; all locked
     give_up_capabilities()
 

@@ -13,8 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Self
 
 from trinity.base.errors import UserError
+from trinity.rl.sandbox import self_check
 from trinity.rl.sandbox.limits import Limits, Outcome
-from trinity.rl.sandbox.worker import LostWorkerError, Worker
+from trinity.rl.sandbox.self_check import Layer
+from trinity.rl.sandbox.worker import LostWorkerError, MissingLayerError, Worker
 
 Files = Mapping[str, str | bytes]
 """Content by relative path."""
@@ -56,14 +58,31 @@ class Sandbox:
         self._closed = False
         try:
             first = self._start()
+            self.layers = self._examine(first)
         except UserError:
             if not unsafe:
                 raise
             self.isolated = False
             first = self._start()
+            self.layers = self._examine(first)
         for _ in range(self.workers - 1):
             self._idle.put(None)  # started when needed
         self._idle.put(first)
+
+    def _examine(self, worker: Worker) -> list[Layer]:
+        """The layers, seen from inside; raises MissingLayerError for one that does not hold."""
+        if not self.isolated:
+            return [Layer("namespaces", "left out on demand")]
+        outcome = worker.run(source=self_check.PROGRAM.encode(), folder="", seconds=60.0, output=1 << 16)
+        found = self_check.layers(outcome)
+        for layer in found:
+            if layer.problem:
+                worker.close()
+                raise MissingLayerError(layer.name, layer.problem)
+        for kind in ("memory", "processes"):
+            missing = "" if kind in worker.group.folders else "no control group: the limits are of each process only"
+            found.append(Layer(f"{kind} of all together", missing, needed=False))
+        return found
 
     def _start(self) -> Worker:
         return Worker(next(self._numbers), self.limits, self._packages, self._preload, isolated=self.isolated)
@@ -193,3 +212,14 @@ def _relative(path: str) -> str:
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in path:
         raise UserError(f"{path!r} is no path inside the program's folder")
     return str(pure)
+
+
+def examine() -> list[Layer]:
+    """The layers of the isolation on this machine, with the first one that is missing, if any."""
+    try:
+        with Sandbox(workers=1) as sandbox:
+            return sandbox.layers
+    except MissingLayerError as error:
+        return [Layer(error.layer, error.reason)]
+    except UserError as error:
+        return [Layer("worker", str(error))]

@@ -18,8 +18,8 @@ DONE = 3
 """Descriptor that tells that a Python program's text has come to its end."""
 
 
-def confine(limits: dict[str, Any], filter_program: bytes, *, namespaces: bool) -> None:
-    """Give up what programs must not have. Afterwards there is no way back."""
+def confine(limits: dict[str, Any], filter_program: bytes, capabilities: int, *, namespaces: bool) -> None:
+    """Give up what programs must not have, of which so many capabilities. Afterwards there is no way back."""
     size, disk = resource.setrlimit, limits["disk"]
     size(resource.RLIMIT_AS, (limits["memory"],) * 2)
     size(resource.RLIMIT_CPU, (limits["cpu_seconds"], limits["cpu_seconds"] + 1))
@@ -30,7 +30,7 @@ def confine(limits: dict[str, Any], filter_program: bytes, *, namespaces: bool) 
     size(resource.RLIMIT_MSGQUEUE, (0, 0))
     if namespaces:  # elsewhere every process of the user counts
         size(resource.RLIMIT_NPROC, (limits["processes"] + 1,) * 2)  # the process that watches the program counts too
-        kernel.drop_capabilities()
+        kernel.drop_capabilities(capabilities)
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     kernel.apply_filter(filter_program)
 
@@ -40,7 +40,7 @@ def become_command(arguments: list[str], environment: dict[str, str]) -> NoRetur
         os.execvpe(arguments[0], arguments, environment)
     except OSError as error:
         os.write(2, f"{arguments[0]}: {error.strerror}\n".encode())
-    os._exit(127 if not os.path.exists(arguments[0]) else 126)
+        os._exit(127 if isinstance(error, FileNotFoundError) else 126)  # as shells do
 
 
 def run_python(source: bytes, arguments: list[str], nonce: bytes) -> NoReturn:

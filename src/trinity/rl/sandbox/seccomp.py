@@ -12,6 +12,7 @@ ARCHITECTURES = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}
 # name:x86_64:aarch64. Left out are, among others, whatever makes namespaces or mounts, traces or reads other processes,
 # holds memory that no limit counts (memfd, System V and POSIX queues), keyrings, bpf, perf, io_uring and splicing.
 _TABLE = """
+    fgetxattr:193:10 flistxattr:196:13 getxattr:191:8 lgetxattr:192:9 listxattr:194:11 llistxattr:195:12
     accept:43:202 accept4:288:242 access:21:- alarm:37:- arch_prctl:158:- bind:49:200 brk:12:214 capget:125:90
     chdir:80:49 chmod:90:- chown:92:- clock_getres:229:114 clock_gettime:228:113 clock_nanosleep:230:115
     clone:56:220 clone3:435:435 close:3:57 close_range:436:436 connect:42:203 copy_file_range:326:285 creat:85:-

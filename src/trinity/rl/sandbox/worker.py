@@ -105,15 +105,16 @@ class Worker:
         self,
         *,
         source: bytes,
-        arguments: Sequence[str],
-        python: bool,
-        stdin: bytes,
-        files: Mapping[str, bytes],
         folder: str,
         seconds: float,
         output: int,
+        arguments: Sequence[str] = (),
+        python: bool = True,
+        stdin: bytes = b"",
+        files: Mapping[str, bytes] | None = None,
     ) -> Outcome:
         """One program. Raises LostWorkerError when the worker does not answer."""
+        files = files or {}
         header = {"python": python, "arguments": list(arguments), "files": list(files), "folder": folder}
         request = os.memfd_create("request", os.MFD_CLOEXEC)
         stdout, stderr = _output_file(output), _output_file(output)
