@@ -24,6 +24,8 @@ _RESULT = struct.Struct("=qdq")
 REPLY = struct.Struct("=q??ddq")
 """status, completed, timed out, wall seconds, processor seconds, most memory of a process in bytes."""
 _EVERYTHING = sum(kernel.NAMESPACES.values())
+_INSIDE = 1000
+"""User and group, as programs see themselves."""
 _PROC_NAMES = {"mount": "mnt", "process": "pid", "network": "net"}
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -76,13 +78,13 @@ class Worker:
         """Move this process into the view, without rights on the machine."""
         self._proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         names = ("mount", "network", "ipc", "uts")
-        as_root = os.geteuid() == 0
+        as_root = os.geteuid() == 0 and self._may_become(uid)
         if as_root:
             self._unshare(names)
         else:
             uid_outside, gid_outside = os.geteuid(), os.getegid()
             self._unshare(("user", *names))
-            self._write_maps(0, uid_outside, gid_outside)
+            self._write_maps(_INSIDE, uid_outside, gid_outside)
         try:
             view.build(self._packages)
         except OSError as error:
@@ -95,6 +97,17 @@ class Worker:
             kernel.give_up_capabilities()
         kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # or else its children may not write their own maps
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+
+    def _may_become(self, uid: int) -> bool:
+        """Whether this root may take on another user: root of a small container has few or none."""
+        texts = []
+        for file in ("uid_map", "gid_map", "setgroups"):
+            handle = os.open(f"self/{file}", os.O_RDONLY, dir_fd=self._proc)
+            texts.append(os.read(handle, 1 << 16).decode())
+            os.close(handle)
+        ranges = [[list(map(int, line.split())) for line in text.splitlines()] for text in texts[:2]]
+        mapped = (any(first <= uid < first + size for first, _, size in lines) for lines in ranges)
+        return texts[2].strip() == "allow" and all(mapped)
 
     def _unshare(self, names: tuple[str, ...]) -> None:
         for name in names:
@@ -199,7 +212,7 @@ class Worker:
         header, parts = wire.unpack(_read_all(handles[0]))
         work = header["folder"]
         if self._isolated:
-            self._write_maps(1000, *ids)
+            self._write_maps(_INSIDE, *ids)
             socket.sethostname("sandbox")
             size = f"size={self._limits['disk']},nr_inodes={self._limits['files']},mode=0755"
             kernel.mount("tmpfs", "/tmp", kernel.MS_NOSUID | kernel.MS_NODEV, size)
