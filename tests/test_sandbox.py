@@ -82,9 +82,10 @@ def test_programs_give_the_same_each_time(sandbox: Sandbox) -> None:
     first = sandbox.run(source).stdout
     with small_sandbox() as another:
         assert another.run(source).stdout == first
-    assert sandbox.run("import random; print(random.random())").stdout != sandbox.run(
-        "import random; print(random.random())"
-    ).stdout
+    assert (
+        sandbox.run("import random; print(random.random())").stdout
+        != sandbox.run("import random; print(random.random())").stdout
+    )
 
 
 def test_many_threads_share_one(sandbox: Sandbox) -> None:
@@ -248,15 +249,14 @@ def test_without_isolation_on_demand_only(monkeypatch: pytest.MonkeyPatch) -> No
         family = "import os, time\nfor _ in range(3):\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(99)\ntime.sleep(99)"
         assert bare.run(family, seconds=0.3).timed_out
         assert bare.run("import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(99)").completed
-        assert not children_of(os.getpid(), "99")
+        assert not grandchildren_of(os.getpid())
 
 
-def children_of(pid: int, mark: str) -> list[str]:
-    """Descendants that a program left: they would hang below the worker."""
+def grandchildren_of(pid: int) -> list[str]:
+    """What a program left would hang below its worker."""
     found: list[str] = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        for grandchild in Path(f"/proc/{child}/task/{child}/children").read_text().split():
-            found.append(grandchild)
+        found += Path(f"/proc/{child}/task/{child}/children").read_text().split()
     return found
 
 
@@ -311,7 +311,9 @@ def test_the_filter_is_the_same_idea_on_both_machines() -> None:
     assert {"read", "write", "execve", "clone", "mmap", "exit_group"} <= set(arm)
     for numbers in (intel, arm):
         assert len(set(numbers.values())) == len(numbers)
-        assert not {"ptrace", "mount", "bpf", "keyctl", "unshare", "setns", "memfd_create", "io_uring_setup"} & set(numbers)
+        assert not {"ptrace", "mount", "bpf", "keyctl", "unshare", "setns", "memfd_create", "io_uring_setup"} & set(
+            numbers
+        )
     assert len(seccomp.bpf("x86_64")) // 8 < 4096
     with pytest.raises(KeyError):
         seccomp.bpf("riscv64")
@@ -323,7 +325,7 @@ def test_the_filter_step_by_step(machine: str) -> None:
     known = seccomp.numbers(machine)
     arch = seccomp.ARCHITECTURES[machine][0]
     allow, refuse = 0x7FFF0000, 0x00050001
-    for number in range(0, 600):
+    for number in range(600):
         names = [name for name, value in known.items() if value == number]
         got = decide(seccomp.bpf(machine), number, arch, (0, 0))
         if names and names[0] not in ("clone", "clone3", "ioctl", "prctl", "socket", "socketpair"):

@@ -88,7 +88,9 @@ def test_network(sandbox: Sandbox, kind: str) -> None:
 
 
 def test_names_are_not_resolved(sandbox: Sandbox) -> None:
-    attack = "import socket\ntry:\n    print(socket.gethostbyname('example.org'))\nexcept OSError as e:\n    print('none')"
+    attack = (
+        "import socket\ntry:\n    print(socket.gethostbyname('example.org'))\nexcept OSError as e:\n    print('none')"
+    )
     assert said(sandbox.run(attack)) == "none"
 
 
@@ -289,16 +291,21 @@ for pid in ({victim.pid}, {os.getpid()}, 0x7fffffff):
 
 def test_killing_everything_in_sight(sandbox: Sandbox) -> None:
     """kill(-1) and kill(1): only its own children are there to be hit, and process 1 does not hear it."""
-    outcome = sandbox.run("import os\nos.kill(1, 9)\ntry:\n    os.kill(-1, 9)\nexcept OSError:\n    pass\nprint('alive')")
+    outcome = sandbox.run(
+        "import os\nos.kill(1, 9)\ntry:\n    os.kill(-1, 9)\nexcept OSError:\n    pass\nprint('alive')"
+    )
     assert said(outcome) == "alive"
 
 
 def test_tracing(sandbox: Sandbox) -> None:
-    attack = SYSCALL + """
+    attack = (
+        SYSCALL
+        + """
 import platform
 attach, trace, read = (101, 101, 310) if platform.machine() == "x86_64" else (117, 117, 270)
 print([syscall(attach, 16, pid, 0, 0) for pid in (1, os.getppid())], syscall(trace, 0, 0, 0, 0), syscall(read, 1, 0, 0, 0, 0, 0))
 """
+    )
     inside = said(sandbox.run(attack))
     assert inside == "[-1, -1] -1 -1"
 
@@ -404,7 +411,9 @@ DANGEROUS = {
 
 
 def test_dangerous_system_calls(sandbox: Sandbox) -> None:
-    attack = SYSCALL + f"""
+    attack = (
+        SYSCALL
+        + f"""
 import platform
 column = 0 if platform.machine() == "x86_64" else 1
 for name, entry in {DANGEROUS!r}.items():
@@ -412,12 +421,15 @@ for name, entry in {DANGEROUS!r}.items():
     if result != -errno.EPERM:
         print(name, result)
 """
+    )
     assert "personality" in outside(attack).stdout  # outside at least this one gives an answer
     assert said(sandbox.run(attack)) == ""
 
 
 def test_new_namespaces_by_clone(sandbox: Sandbox) -> None:
-    attack = SYSCALL + """
+    attack = (
+        SYSCALL
+        + """
 import platform
 number = 56 if platform.machine() == "x86_64" else 220
 for flag in (0x10000000, 0x20000, 0x20000000, 0x40000000, 0x8000000, 0x4000000, 0x2000000):
@@ -427,6 +439,7 @@ for flag in (0x10000000, 0x20000, 0x20000000, 0x40000000, 0x8000000, 0x4000000, 
     print(-result, end=" ")
 print(-syscall(435, 0, 0))
 """
+    )
     assert said(sandbox.run(attack)) == "1 1 1 1 1 1 1 38"
 
 
@@ -616,7 +629,10 @@ def test_output_that_jumps_about(sandbox: Sandbox) -> None:
 
 
 def test_sleeping_forever(sandbox: Sandbox) -> None:
-    outcome = sandbox.run("import signal, time\nfor s in (1, 2, 15, 14):\n    signal.signal(s, signal.SIG_IGN)\ntime.sleep(999)", seconds=0.3)
+    outcome = sandbox.run(
+        "import signal, time\nfor s in (1, 2, 15, 14):\n    signal.signal(s, signal.SIG_IGN)\ntime.sleep(999)",
+        seconds=0.3,
+    )
     assert outcome.timed_out
     assert outcome.status == -signal.SIGKILL
     assert sandbox.run("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", seconds=0.3).timed_out

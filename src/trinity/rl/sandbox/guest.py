@@ -8,7 +8,6 @@ the kernel kills whatever is left.
 import gc
 import importlib
 import os
-import resource
 import select
 import signal
 import socket
@@ -55,7 +54,8 @@ class Worker:
         self._connection = connection
         self._limits: dict[str, Any] = settings["limits"]
         self._isolated: bool = settings["isolated"]
-        self._packages: list[str] = settings["packages"]
+        packages: list[str] = settings["packages"]
+        self._packages = view.package_folders(packages) if self._isolated else packages
         try:
             self._filter = program.filter_of_this_machine()
         except OSError as error:
@@ -63,7 +63,7 @@ class Worker:
         self._capabilities = kernel.count_capabilities()
         self._proc = -1
         if self._isolated:
-            self._enter(settings["uid"])
+            self._enter(settings["uid"], packages)
         sys.path[:] = [path for path in sys.path if path not in settings["hidden"]] + self._packages
         for name in settings["preload"]:
             importlib.import_module(name)
@@ -74,7 +74,7 @@ class Worker:
         gc.disable()
         gc.freeze()  # shared pages stay shared over the forks
 
-    def _enter(self, uid: int) -> None:
+    def _enter(self, uid: int, packages: list[str]) -> None:
         """Move this process into the view, without rights on the machine."""
         self._proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         names = ("mount", "network", "ipc", "uts")
@@ -86,7 +86,7 @@ class Worker:
             self._unshare(("user", *names))
             self._write_maps(_INSIDE, uid_outside, gid_outside)
         try:
-            view.build(self._packages)
+            view.build(packages)
         except OSError as error:
             raise LayerError("read-only view", error.strerror or str(error)) from None
         if as_root:
@@ -279,7 +279,7 @@ def _guard_family() -> None:
 def _end_family() -> None:
     """Kill all descendants: children, and what comes to this process when its parent dies."""
     while True:
-        with open("/proc/self/task/%d/children" % os.getpid()) as file:  # noqa: PTH123, UP031
+        with open("/proc/self/task/%d/children" % os.getpid()) as file:  # noqa: UP031
             children = [int(text) for text in file.read().split()]
         if not children:
             return
@@ -311,6 +311,3 @@ def _write_file(path: str, content: bytes) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o755)
     _write_whole(handle, content)
     os.close(handle)
-
-
-assert resource.RLIM_INFINITY  # the module must be loaded before the view is entered

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import struct
+import sys
 
 NAMESPACES = {
     "user": 0x10000000,
@@ -22,13 +23,17 @@ PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 28, 38, 47
 
 # Numbers are the same on every architecture since 5.0.
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR, _CLOSE_RANGE = 428, 429, 442, 436
-_PER_MACHINE = {"x86_64": {"clone": 56, "capset": 126, "pivot_root": 155}, "aarch64": {"clone": 220, "capset": 91, "pivot_root": 41}}
+_PER_MACHINE = {
+    "x86_64": {"clone": 56, "capset": 126, "pivot_root": 155},
+    "aarch64": {"clone": 220, "capset": 91, "pivot_root": 41},
+}
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _SIGCHLD = 17
 
 # PyDLL keeps the interpreter's lock over a call, which a call that forks depends on.
 _libc = ctypes.PyDLL(None, use_errno=True)
-_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+if sys.platform == "linux":  # elsewhere the module may be imported, no more
+    _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 
 def machine() -> str:

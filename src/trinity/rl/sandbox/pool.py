@@ -22,9 +22,26 @@ Files = Mapping[str, str | bytes]
 """Content by relative path."""
 
 DEFAULT_PRELOAD = (
-    "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools", "heapq", "itertools",
-    "json", "math", "operator", "random", "re", "statistics", "string", "threading", "typing",
-)  # fmt: skip
+    "bisect",
+    "collections",
+    "copy",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "fractions",
+    "functools",
+    "heapq",
+    "itertools",
+    "json",
+    "math",
+    "operator",
+    "random",
+    "re",
+    "statistics",
+    "string",
+    "threading",
+    "typing",
+)
 
 
 class Sandbox:
@@ -188,10 +205,10 @@ class Sandbox:
             shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
-        """End all workers, which must be idle."""
+        """End all workers; waits for programs that still run."""
         self._closed = True
-        for _ in range(self.workers):
-            worker = self._idle.get()
+        workers = [self._idle.get() for _ in range(self.workers)]
+        for worker in workers:
             if worker is not None:
                 worker.close()
             self._idle.put(None)

@@ -1,4 +1,7 @@
-"""What programs see of the file system: Python, the system's libraries and tools, an empty /tmp; all but /tmp read-only."""
+"""What programs see of the file system: Python, the system's libraries and tools, an empty /tmp.
+
+All but /tmp is read-only.
+"""
 
 import os
 import sys
@@ -14,6 +17,7 @@ _TEXTS = {
 }
 TOOLS = "/run/bin"
 """Holds `python` and `python3`."""
+PACKAGES = "/run/packages"
 PATH = f"{TOOLS}:/usr/bin:/bin"
 
 
@@ -23,14 +27,20 @@ def interpreter() -> str:
     return os.path.realpath(base)
 
 
-def shown(packages: list[str]) -> list[str]:
-    """Directories that are seen beside the system's: Python's own and packages, each once, none inside another."""
-    wanted = [os.path.realpath(sys.base_prefix), os.path.dirname(interpreter()), *map(os.path.realpath, packages)]
-    found: list[str] = []
-    for path in sorted({os.fspath(path) for path in wanted}, key=len):
-        if not any(path == above or path.startswith(above.rstrip("/") + "/") for above in ("/usr", *found)):
-            found.append(path)
-    return found
+def package_folders(packages: list[str]) -> list[str]:
+    """Where packages are seen, in the order of their folders outside."""
+    return [f"{PACKAGES}/{i}" for i in range(len(packages))]
+
+
+def _sources(packages: list[str]) -> dict[str, str]:
+    """Folder outside by its place in the view. Raises OSError where Python's own place is taken."""
+    found = {path: path for path in _SYSTEM if os.path.isdir(path) and not os.path.islink(path)}
+    for path in (os.path.realpath(sys.base_prefix), os.path.dirname(interpreter())):
+        if path.startswith("/tmp/"):
+            raise OSError(17, f"Python is installed in {path}, where programs have their own /tmp")
+        if not any(path == above or path.startswith(above + "/") for above in found):
+            found[path] = path
+    return found | dict(zip(package_folders(packages), packages, strict=True))
 
 
 def build(packages: list[str]) -> None:
@@ -40,8 +50,7 @@ def build(packages: list[str]) -> None:
     """
     kernel.mount(None, "/", kernel.MS_REC | kernel.MS_PRIVATE)
     links = {path: os.readlink(path) for path in _SYSTEM if os.path.islink(path)}
-    folders = [path for path in _SYSTEM if os.path.isdir(path) and path not in links] + shown(packages)
-    trees = {path: kernel.open_tree(path) for path in folders}
+    trees = {place: kernel.open_tree(path) for place, path in _sources(packages).items()}
     devices = {f"/dev/{name}": kernel.open_tree(f"/dev/{name}") for name in _DEVICES}
     texts = {**_TEXTS, **_copy_of("/etc/ld.so.cache")}
     executable = interpreter()
@@ -78,7 +87,7 @@ def _copy_of(path: str) -> dict[str, bytes]:
     """A small file as it is, if it is there."""
     if not os.path.isfile(path):
         return {}
-    with open(path, "rb") as file:  # noqa: PTH123
+    with open(path, "rb") as file:
         return {path: file.read()}
 
 
@@ -88,5 +97,5 @@ def _folder(path: str) -> None:
 
 def _file(path: str, content: bytes) -> None:
     _folder(os.path.dirname(path))
-    with open("/tmp" + path, "wb") as file:  # noqa: PTH123
+    with open("/tmp" + path, "wb") as file:
         file.write(content)

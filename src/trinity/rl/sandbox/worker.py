@@ -1,11 +1,11 @@
 """One worker from outside: its process, its control group, the exchange with it."""
 
+import fcntl
 import os
 import signal
 import socket
 import struct
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,9 @@ from trinity.rl.sandbox.guest import REPLY
 from trinity.rl.sandbox.limits import MIB, Limits, Outcome
 from trinity.rl.sandbox.view import PATH, interpreter
 
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from trinity.rl.sandbox.guest import main; main(int(sys.argv[2]))"
+_START = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from trinity.rl.sandbox.guest import main; main(int(sys.argv[2]))"
+)
 _ROOT = str(Path(__file__).resolve().parents[3])
 _FIRST_UID = 60_600
 """60578 to 61183 belong to nobody by systemd's and the distributions' tables."""
@@ -40,8 +42,8 @@ class MissingLayerError(UserError):
 
     def __init__(self, layer: str, reason: str) -> None:
         super().__init__(
-            f"programs that a model wrote cannot be isolated here: the layer '{layer}' is missing ({reason}); run where "
-            "unprivileged user namespaces are allowed, or as root"
+            f"programs that a model wrote cannot be isolated here: the layer '{layer}' is missing ({reason}); run "
+            "where unprivileged user namespaces are allowed, or as root"
         )
         self.layer, self.reason = layer, reason
 
@@ -85,7 +87,7 @@ class Worker:
             "isolated": self._isolated,
             "uid": _FIRST_UID + (os.getpid() + number) % 500,
             "hidden": [_ROOT],
-            "outside": {name: str(Path(f"/proc/self/ns/{name}").readlink()) for name in os.listdir("/proc/self/ns")},
+            "outside": {link.name: str(link.readlink()) for link in Path("/proc/self/ns").iterdir()},
         }
         self._connection.settimeout(_START_SECONDS)
         try:
@@ -148,8 +150,6 @@ class Worker:
 
 def _output_file(most: int) -> int:
     """A file in memory that cannot grow beyond `most` bytes."""
-    import fcntl
-
     handle = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(handle, most)
     fcntl.fcntl(handle, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
@@ -165,6 +165,3 @@ def _write_whole(handle: int, data: bytes) -> None:
     at = 0
     while at < len(data):
         at += os.write(handle, data[at:])
-
-
-assert sys.platform == "linux", "memory files, namespaces and seccomp are Linux's"
