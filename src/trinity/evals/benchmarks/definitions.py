@@ -152,7 +152,7 @@ def _mbpp_program(text: str, record: Record) -> str:
     if "```" in code:
         code = code.split("```python")[-1] if "```python" in code else code.split("```", 1)[1]
         code = code.split("```")[0]
-    return f"{code}\n\n{record['assertion']}\n"
+    return f"{code}\n\nimport math\n\n{record['assertion']}\n"  # some of the tests use it
 
 
 def _humaneval_program(text: str, record: Record) -> str:
