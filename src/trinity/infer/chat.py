@@ -5,7 +5,8 @@ from collections.abc import Generator
 from typing import Any
 
 from trinity.base.errors import UserError
-from trinity.infer.engine import Engine, Finish
+from trinity.infer.engine import Engine
+from trinity.infer.request import Finish
 from trinity.infer.sampling import SamplingParams
 from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any, overload
 
 from trinity.base.errors import UsageError
-from trinity.infer.engine import Engine, Event
+from trinity.infer.engine import Engine
+from trinity.infer.request import Event
 from trinity.infer.sampling import SamplingParams
 from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from trinity.base.errors import UserError
-from trinity.infer.engine import Engine, Event, Finish, Request
+from trinity.infer.engine import Engine
+from trinity.infer.request import Event, Finish, Request
 from trinity.infer.sampling import SamplingParams
 from trinity.serve.errors import ApiError, bad
 
