@@ -61,10 +61,16 @@ app.command(
 )(training.sft)
 app.command("rl", epilog=example("trinity rl --from runs/chat rl.steps=200 --run-dir runs/rl"))(training.rl)
 app.command("eval", epilog=example("trinity eval runs/rl --task niah --task arithmetic --json"))(runs.evaluate)
-app.command("generate", epilog=example("trinity generate runs/rl 'The sea' --max-new-tokens 64 --temperature 0"))(
-    models.generate
-)
-app.command("chat", epilog=example("trinity chat runs/rl --system 'Answer briefly.'"))(models.chat)
+app.command(
+    "generate",
+    epilog=example(
+        "trinity generate runs/rl 'The sea' --max-new-tokens 64 --temperature 0",
+        "trinity generate my-model --prompt-file book.txt 'In short:' --max-new-tokens 300",
+    ),
+)(models.generate)
+app.command(
+    "chat", epilog=example("trinity chat runs/rl --system 'Answer briefly.'", "trinity chat my-model --file book.txt")
+)(models.chat)
 app.command("serve", epilog=example("trinity serve my-model --port 8000"))(serving.serve)
 app.command("export", epilog=example("trinity export runs/rl --out my-model --dtype bfloat16"))(models.export)
 app.command("import", epilog=example("trinity import Trinity-Nano-Base --out runs/base"))(models.import_model)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trinity.base.errors import UserError
+from trinity.base.errors import UsageError, UserError
 from trinity.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -20,6 +20,7 @@ from trinity.cli.options import (
 
 if TYPE_CHECKING:
     from trinity.export.parity import ParityReport
+    from trinity.infer.documents import Gathered
 
 FORMAT_HELP = "fp32, bf16, fp16, fp8-block or compressed-tensors (FP8 in blocks of 128 x 128)."
 TextOption = Annotated[
@@ -38,7 +39,13 @@ Seed = Annotated[int | None, typer.Option("--seed", min=0, help="The same seed g
 
 def generate(
     path: ModelArgument,
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.", metavar="PROMPT")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to continue; - reads standard input.", metavar="PROMPT")
+    ] = None,
+    prompt_file: Annotated[
+        list[Path] | None,
+        typer.Option("--prompt-file", help="File, or folder of text files, before PROMPT; repeat.", metavar="FILE"),
+    ] = None,
     max_new_tokens: MaxTokens = 256,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
@@ -48,22 +55,34 @@ def generate(
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a text; it appears as it is generated."""
-    import trinity
+    """Continue a text; it appears as it is generated.
 
-    text = read_text(prompt)
+    A long prompt shows how much of it is read.
+    """
+    import trinity
+    from trinity.cli.reading import ReadingView
+    from trinity.infer.documents import check_room
+
+    if prompt is None and not prompt_file:
+        raise UsageError("nothing to continue: give a PROMPT or --prompt-file FILE")
+    gathered = _gather(prompt_file)
+    text = "\n\n".join(([gathered.text] if gathered else []) + ([read_text(prompt)] if prompt is not None else []))
     model, tokenizer = trinity.load(path, device=device, dtype=dtype)
-    answer = trinity.generate(
-        model,
-        tokenizer,
-        text,
-        on_text=None if as_json else _print_now,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-    )
+    if gathered is not None:
+        check_room(gathered, tokenizer, tokenizer.encode(text), model.config.max_positions, max_new_tokens)
+    with ReadingView() as view:
+        answer = trinity.generate(
+            model,
+            tokenizer,
+            text,
+            on_text=None if as_json else _print_now,
+            on_prompt=view.show,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+        )
     if as_json:
         print_json({"prompt": text, "text": answer})
     else:
@@ -73,6 +92,10 @@ def generate(
 def chat(
     path: ModelArgument,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option("--file", help="Text file, or folder of text files, to talk about; repeat.", metavar="FILE"),
+    ] = None,
     max_new_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.7,
     top_p: TopP = 1.0,
@@ -81,17 +104,19 @@ def chat(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Talk to a model.
+    """Talk to a model, about files too.
 
     Ctrl-C stops an answer, Ctrl-D ends; /reset forgets the conversation.
     """
     import trinity
+    from trinity.cli.reading import ReadingView
     from trinity.infer.chat import ChatSession
     from trinity.infer.sampling import SamplingParams
 
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    documents = _gather(file)
     model, tokenizer = trinity.load(path, device=device, dtype=dtype)
-    session = ChatSession(model, tokenizer, system=system, params=params)
+    session = ChatSession(model, tokenizer, system=system, documents=documents, params=params)
     if sys.stdin.isatty():
         note("Ctrl-C stops an answer, Ctrl-D ends, /reset forgets the conversation.")
     while (line := _read_line()) is not None:
@@ -100,19 +125,33 @@ def chat(
             continue
         if not line.strip():
             continue
-        answer = session.send(line)
-        try:
-            for piece in answer:
-                _print_now(piece)
-        except UserError as error:
-            if not sys.stdin.isatty():  # nobody is there to say it in other words
-                raise
-            note(str(error))
-        except KeyboardInterrupt:
-            answer.close()
+        with ReadingView() as view:
+            answer = session.send(line, view.show)
+            try:
+                for piece in answer:
+                    _print_now(piece)
+            except UserError as error:
+                if not sys.stdin.isatty():  # nobody is there to say it in other words
+                    raise
+                note(str(error))
+            except KeyboardInterrupt:
+                answer.close()
         print()
         if session.dropped:
             note(f"(the context is full: the first {session.dropped} messages were left out)")
+
+
+def _gather(paths: list[Path] | None) -> "Gathered | None":
+    """The files that a person named, and a word on what was skipped in folders."""
+    from trinity.infer.documents import gather
+
+    if not paths:
+        return None
+    gathered = gather(paths)
+    if gathered.skipped:
+        shown = ", ".join(gathered.skipped[:3]) + (", ..." if len(gathered.skipped) > 3 else "")
+        note(f"{len(gathered.documents)} files; skipped {len(gathered.skipped)} that are no text or empty: {shown}")
+    return gathered
 
 
 def export(

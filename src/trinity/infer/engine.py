@@ -128,8 +128,10 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams],
         on_token: Callable[[int, Event], None] | None = None,
+        on_prompt: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
-        """Completions in the order of `prompts`; `on_token` gets the number of the prompt and each event.
+        """Completions in the order of `prompts`; `on_token` gets the number of the prompt and each event, `on_prompt`
+        how many tokens of all prompts are read and how many there are.
 
         One SamplingParams serves all prompts; with a seed, prompt i then uses seed + i, so that equal prompts differ.
         """
@@ -146,7 +148,10 @@ class Engine:
             numbers = {id(request): i for i, request in enumerate(requests)}
             with _evaluating(self.model):
                 while not all(request.done for request in requests):
-                    for event in self.step():
+                    events = self.step()
+                    if on_prompt is not None and self._schedule.prefilled_last:
+                        on_prompt(sum(request.num_read for request in requests), sum(len(r.prompt) for r in requests))
+                    for event in events:
                         if on_token is not None and id(event.request) in numbers:
                             on_token(numbers[id(event.request)], event)
         finally:  # nothing to cancel but when an error or the caller interrupted

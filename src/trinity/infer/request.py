@@ -62,6 +62,11 @@ class Request:
         return len(self.prompt) + self.max_new_tokens
 
     @property
+    def num_read(self) -> int:
+        """Tokens of the prompt that are in the cache."""
+        return min(self.fed, len(self.prompt))
+
+    @property
     def held_slot(self) -> int:
         """The slot of a request that was admitted."""
         assert self.slot is not None

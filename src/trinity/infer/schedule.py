@@ -21,7 +21,8 @@ class Schedule:
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._reserved = 0
         """Tokens that the admitted requests may come to."""
-        self._prefilled_last = False
+        self.prefilled_last = False
+        """Whether the last step read prompts."""
 
     def admit(self) -> None:
         """First come, first served; a request reserves its longest possible length, so that none is ever evicted."""
@@ -36,8 +37,8 @@ class Schedule:
 
         Where both wait they take turns: a long prompt must not silence the answers that are under way.
         """
-        self._prefilled_last = bool(self.prefilling) and not (self.decoding and self._prefilled_last)
-        return self._prefilled_last
+        self.prefilled_last = bool(self.prefilling) and not (self.decoding and self.prefilled_last)
+        return self.prefilled_last
 
     def chunks(self) -> tuple[list[Request], list[Chunk]]:
         """The next part of the prompts, at most `prefill_chunk` tokens of the oldest ones together."""
