@@ -163,7 +163,8 @@ def test_progress_tells_tokens_and_rate_and_ends_before_the_answer() -> None:
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     status = main(arguments)
-    return status, *capsys.readouterr()
+    told = capsys.readouterr()
+    return status, told.out, told.err
 
 
 def test_generate_takes_files(

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from trinity.cli import cluster, corpus, models, rehearsing, runs, serving, training
+from trinity.cli import cluster, corpus, exchange, models, rehearsing, runs, serving, training
 from trinity.cli.options import example
 
 app = typer.Typer(
@@ -72,8 +72,14 @@ app.command(
     "chat", epilog=example("trinity chat runs/rl --system 'Answer briefly.'", "trinity chat my-model --file book.txt")
 )(models.chat)
 app.command("serve", epilog=example("trinity serve my-model --port 8000"))(serving.serve)
-app.command("export", epilog=example("trinity export runs/rl --out my-model --dtype bfloat16"))(models.export)
-app.command("import", epilog=example("trinity import Trinity-Nano-Base --out runs/base"))(models.import_model)
+app.command(
+    "export",
+    epilog=example(
+        "trinity export runs/rl --out my-model --dtype bfloat16",
+        "trinity export runs/rl --out my-model.gguf --format gguf",
+    ),
+)(exchange.export)
+app.command("import", epilog=example("trinity import Trinity-Nano-Base --out runs/base"))(exchange.import_model)
 app.command("rehearse", epilog=example("trinity rehearse large parallel.replicate=8 parallel.expert=8 --ranks 2048"))(
     rehearsing.rehearse
 )

@@ -1,4 +1,4 @@
-"""Verbs that use and exchange models: generate, chat, export, import."""
+"""Verbs that use models: generate, chat."""
 
 import sys
 from pathlib import Path
@@ -10,24 +10,16 @@ from trinity.base.errors import UsageError, UserError
 from trinity.cli.options import (
     DeviceOption,
     DtypeOption,
-    ForceOption,
     JsonOption,
-    check_output,
     note,
     print_json,
     read_text,
 )
 
 if TYPE_CHECKING:
-    from trinity.export.parity import ParityReport
     from trinity.infer.documents import Gathered
 
-FORMAT_HELP = "fp32, bf16, fp16, fp8-block or compressed-tensors (FP8 in blocks of 128 x 128)."
-TextOption = Annotated[
-    Path | None, typer.Option("--text", help="Text on which FP8 is compared with bfloat16.", metavar="FILE")
-]
 ModelArgument = Annotated[Path, typer.Argument(help="Model directory, run directory or checkpoint.", metavar="PATH")]
-OutOption = Annotated[Path, typer.Option("--out", help="Directory to write.", metavar="DIR")]
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of the answer at most.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 always takes the most probable token.")]
 TopP = Annotated[
@@ -152,86 +144,6 @@ def _gather(paths: list[Path] | None) -> "Gathered | None":
         shown = ", ".join(gathered.skipped[:3]) + (", ..." if len(gathered.skipped) > 3 else "")
         note(f"{len(gathered.documents)} files; skipped {len(gathered.skipped)} that are no text or empty: {shown}")
     return gathered
-
-
-def export(
-    path: ModelArgument,
-    out: OutOption,
-    dtype: Annotated[str, typer.Option("--dtype", help=FORMAT_HELP)] = "bf16",
-    text: TextOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a model directory that other engines load.
-
-    Refused when what was written gives other logits than the model. An FP8 export tells its perplexity beside that in
-    bfloat16, on --text or on what the model itself says.
-    """
-    import trinity
-    from trinity.export import export_afmoe
-    from trinity.export.formats import find_format
-
-    check_output(out)
-    chosen = find_format(dtype)
-    model, tokenizer = trinity.load(path, device="cpu")
-    sample = None
-    if chosen.scale is not None:
-        from trinity.infer.sample import own_text, sample_of_text
-
-        sample = own_text(model, tokenizer) if text is None else sample_of_text(text, tokenizer, model.config)
-    report = export_afmoe(
-        model, model.config, tokenizer, out, dtype=chosen.name, origin={"from": path.name}, sample=sample, force=force
-    )
-    _say_exported(out, chosen.name, report, as_json)
-
-
-def import_model(
-    directory: Annotated[
-        Path, typer.Argument(help="Public model directory (config.json, safetensors).", metavar="DIR")
-    ],
-    out: OutOption,
-    dtype: Annotated[str, typer.Option("--dtype", help=FORMAT_HELP)] = "bf16",
-    text: TextOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Take in a public `afmoe` model.
-
-    Reads and checks every tensor (experts fused or apart, FP8 too) and writes a model directory in the chosen format,
-    file by file: a model larger than memory is no problem.
-    """
-    from trinity.export import convert_afmoe
-    from trinity.export.formats import find_format
-    from trinity.export.reading import read_config
-    from trinity.infer.load import find
-    from trinity.tokenizer import Tokenizer
-
-    check_output(out)
-    chosen = find_format(dtype)
-    place = find(directory)
-    if place.run is not None:
-        raise UserError(f"{directory} is a run without a model directory; use trinity export")
-    directory = place.weights
-    sample = None
-    if chosen.scale is not None and text is not None:
-        from trinity.infer.sample import sample_of_text
-
-        sample = sample_of_text(text, Tokenizer.load(directory), read_config(directory))
-    report = convert_afmoe(
-        directory, out, dtype=chosen.name, origin={"from": directory.name}, sample=sample, force=force
-    )
-    _say_exported(out, chosen.name, report, as_json)
-
-
-def _say_exported(out: Path, dtype: str, report: "ParityReport", as_json: bool) -> None:
-    if as_json:
-        import dataclasses
-
-        print_json({"directory": str(out), "dtype": dtype, "parity": dataclasses.asdict(report)})
-    else:
-        print(f"{out}: {dtype}, compared with the model")
-        if report.quality is not None:
-            print(report.quality.line())
 
 
 def _print_now(text: str) -> None:
