@@ -241,6 +241,29 @@ def test_a_failing_step_takes_only_those_under_way(
     assert small.chat(max_tokens=3)[0] == 200
 
 
+def test_a_failure_that_no_new_engine_mends_is_told_to_all(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an error of the device that stays: those under way and those that wait must not hang."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    answers: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(small.chat(max_tokens=4000, ignore_eos=True)[0]))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: small.metric("trinity_answers_waiting") == 1)
+    assert small.service.worker is not None
+    monkeypatch.setattr(small.service.worker, "_make_engine", fail)
+    monkeypatch.setattr(Engine, "step", fail)
+    for thread in threads:
+        thread.join(30)
+    assert answers == [500, 500, 500]
+    assert small.call("GET", "/health")[0] == 503
+
+
 def test_an_engine_that_is_gone_is_told(small: Running) -> None:
     assert small.service.worker is not None
     small.service.worker.stop()
