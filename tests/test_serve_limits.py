@@ -254,7 +254,7 @@ def test_a_failure_that_no_new_engine_mends_is_told_to_all(small: Running, monke
     ]
     for thread in threads:
         thread.start()
-    wait_for(lambda: small.metric("trinity_answers_waiting") == 1)
+    wait_for(lambda: small.metric("trinity_answers_running") == 2 and small.metric("trinity_answers_waiting") == 1)
     assert small.service.worker is not None
     monkeypatch.setattr(small.service.worker, "_make_engine", fail)
     monkeypatch.setattr(Engine, "step", fail)
