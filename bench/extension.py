@@ -12,8 +12,8 @@ asked for needles at the target length and at twice that, whatever it was traine
   several questions.
 
 Variants: 3to1, the model as it is; full, every layer sees all tokens and three of four keep RoPE; nope, no layer has
-positions and every one sees all. OUT/extension.json is written anew after every part. Runs are ordinary run directories in OUT: the
-same command goes on where the last one was stopped, by --minutes or by a signal.
+positions and every one sees all. OUT/extension.json is written anew after every part. Runs are ordinary run directories
+in OUT: the same command goes on where the last one was stopped, by --minutes or by a signal.
 """
 
 import argparse
