@@ -35,9 +35,9 @@ from extbench.results import figures, format_results
 from extbench.shapes import SHAPES, VARIANTS, run_config
 from trinity.base.files import read_json, write_json
 from trinity.config import RunConfig
+from trinity.data.halves import Half
 from trinity.data.shards import Shards
 from trinity.evals import run_suite
-from trinity.evals.needles import Half
 from trinity.infer.load import load
 from trinity.stages import extend, pretrain
 from trinity.stages.evaluations import haystack
