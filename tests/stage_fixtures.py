@@ -9,8 +9,9 @@ import numpy as np
 from trinity.base.rng import Draws
 from trinity.config import RunConfig, TokenizerConfig
 from trinity.data import arithmetic
+from trinity.data.halves import Half
 from trinity.data.shard_writer import TokenDocument, write_shards
-from trinity.evals.needles import Half, Haystack
+from trinity.evals.needles import Haystack
 from trinity.tokenizer import Tokenizer, train_tokenizer
 
 

@@ -152,7 +152,36 @@ class StageConfig(Frozen):
     """Held-out rows of an evaluation, per domain."""
 
 
+Retrieval = Literal["lookup", "values", "queries", "tracking", "count", "where", "quote"]
+"""What training documents about retrieval ask for (`data/retrieval.py`)."""
+
+
+class RetrievalConfig(Frozen):
+    """How training documents about retrieval are made. Nothing here is public; the values are ours."""
+
+    tasks: Annotated[dict[Retrieval, PositiveFloat], Field(min_length=1)] = Field(
+        default_factory=lambda: {
+            "lookup": 4.0, "values": 1.0, "queries": 1.0, "tracking": 0.5, "count": 0.25, "where": 1.0, "quote": 1.0
+        }
+    )  # fmt: skip
+    """Share of each task among the questions, by weights."""
+    density: tuple[Fraction, Fraction] = (0.05, 0.6)
+    """Smallest and largest part of a document that facts and questions take; drawn evenly on a logarithmic scale. The
+    rest is text of the training shards. Denser documents ask more often for each token read."""
+    whole_rows: Fraction = 0.5
+    """Share of the retrieval rows that are one document; the others hold several shorter ones."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.density
+        if not 0 < low <= high:
+            raise ValueError(f"density must be two rising numbers above 0, not {low} and {high}")
+        return self
+
+
 class PretrainConfig(StageConfig):
+    niah_share: Fraction = 0.0
+    """As `extend.niah_share`."""
     phases: tuple[Phase, ...]
     batch: tuple[BatchSize, ...]
     """Batch ramp; the first entry starts at token 0."""
@@ -183,7 +212,8 @@ class ExtendConfig(StageConfig):
     length_bias: NonNegativeFloat = 1.0
     """A document is drawn with odds (length ** length_bias) inside its domain; 0 draws evenly."""
     niah_share: Fraction = 0.0
-    """Share of rows that are generated retrieval documents (keys, values and haystacks apart from the evaluation's)."""
+    """Share of rows that are generated retrieval documents (`retrieval`): nothing in them meets the evaluation. Only
+    their answers bear a loss."""
     niah_every: NonNegativeInt = 0
     """Steps between evaluations of MK-NIAH during the run; 0 evaluates at the end only."""
     stop_at: Fraction = 1.0
@@ -249,7 +279,12 @@ class RLConfig(StageConfig):
     """Largest operand of the generated arithmetic."""
 
 
+NeedleTask = Literal["multikey", "single", "multivalue", "multiquery", "tracking"]
+
+
 class EvalConfig(Frozen):
+    niah_tasks: Annotated[tuple[NeedleTask, ...], Field(min_length=1)] = ("multikey",)
+    """RULER's tasks to ask; the first one's score decides about `extend.stop_at`."""
     niah_lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (4096, 8192, 16384, 32768)
     niah_depths: PositiveInt = 5
     """Depths of the needle, evenly from the start to the end of the haystack."""
@@ -257,6 +292,9 @@ class EvalConfig(Frozen):
     """Needles in a haystack, of which one is asked for."""
     niah_samples: PositiveInt = 20
     """Questions per cell of length and depth."""
+    niah_reuse: bool = False
+    """One text for the questions of all depths of multikey and single: it is read once, however many depths there are.
+    It then has at least as many needles as depths."""
     arithmetic_questions: PositiveInt = 200
 
 
@@ -297,6 +335,7 @@ class RunConfig(Frozen):
     sft: SFTConfig
     rl: RLConfig
     lora: LoRAConfig = LoRAConfig()
+    retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
     eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     parallel: ParallelConfig = ParallelConfig()
