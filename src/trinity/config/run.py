@@ -275,6 +275,19 @@ class RLConfig(StageConfig):
     """Sample the next step's answers on a copy of the weights while this step trains: one step off-policy."""
     sampler_batch: PositiveInt = 256
     """Answers sampled together."""
+    server: str = ""
+    """URL up to and with /v1 of a server that samples in place of the native engine; without replay."""
+    server_model: str = "default"
+    """The model's name on that server."""
+    server_kind: Literal["vllm", "sglang"] = "vllm"
+    """How the server is told to load new weights."""
+
+    @model_validator(mode="after")
+    def _check_server(self) -> Self:
+        if self.server and self.replay:
+            raise ValueError("server gives no experts to replay: set replay = false")
+        return self
+
     max_number: PositiveInt = 9
     """Largest operand of the generated arithmetic."""
 
