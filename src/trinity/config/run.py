@@ -309,12 +309,20 @@ class RuntimeConfig(Frozen):
     """Record forward and backward pass of a micro-batch as one CUDA graph and replay it (one GPU; the CPU has none)."""
     recompute: Literal["none", "block"] = "none"
     """Activation recomputation."""
+    fp8: bool = False
+    """Matrix products of the blocks in FP8, forward and input gradients (`ops/fp8.py`); a CPU simulates them."""
     kernels: Literal["fast", "reference"] = "fast"
     """The plain reference of every operation, or the fastest path that the device has."""
     threads: NonNegativeInt = 0
     """CPU threads of torch; 0 leaves torch's choice."""
     timeout: PositiveFloat = 600.0
     """Seconds that a group of processes waits for a rank at a step, an evaluation or a checkpoint before it ends."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fp8 and (self.compile or self.kernels == "reference"):
+            raise ValueError("runtime.fp8 has kernels of its own: it needs runtime.compile = false and kernels = fast")
+        return self
 
 
 class RunConfig(Frozen):

@@ -161,6 +161,8 @@ def _open_model(config: RunConfig, device: torch.device) -> tuple[Transformer, S
     several = dist.world_size() > 1
     with torch.device("meta") if several else device:
         model = Transformer(config.model, kernels=runtime.kernels, recompute=runtime.recompute)
+    if runtime.fp8:
+        model.use_fp8(device)
     compile_blocks(model, runtime, device)
     if not several:
         return model, None
