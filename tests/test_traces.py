@@ -167,10 +167,8 @@ def test_diffs_give_back_both_sides(old: str, new: str) -> None:
 
 @given(st.text(max_size=200))
 def test_other_texts_are_refused(text: str) -> None:
-    try:
-        replacements(text)
-    except ValueError as error:
-        assert str(error)
+    with pytest.raises(ValueError):
+        replacements("x" + text)
 
 
 def test_cut_diffs_are_refused() -> None:
@@ -214,5 +212,4 @@ def test_generated_traces(tmp_path: Path) -> None:
         assert row["messages"][-2]["content"].endswith("Exit status 0.")  # what the tests said at the end
     assert len(list(read_conversations([out]))) == 3
     assert main(["data", "traces", "--generate", "3", "--seed", "4", "--out", str(tmp_path / "again.jsonl")]) == 0
-    # The tests' own seconds are part of what was observed.
-    assert len((tmp_path / "again.jsonl").read_text()) == pytest.approx(len(out.read_text()), rel=0.01)
+    assert (tmp_path / "again.jsonl").read_bytes() == out.read_bytes()

@@ -5,6 +5,7 @@ there is gone afterwards. The reward runs the tests as they were given, whatever
 at the end, and counts only when every test ran and passed.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
@@ -18,6 +19,7 @@ from trinity.rl.sandbox.pool import Sandbox
 
 TEST_COMMAND = "python -m unittest -q"
 _SHOWN_CHARS = 4000
+_TIME = re.compile(r"(?<=\bin )\d+\.\d+s\b")
 _SYSTEM = (
     "You work on a Python repository through tools. Find out why a test fails and repair the code, not the test. "
     "When the tests pass, say in a sentence or two what was wrong."
@@ -142,7 +144,8 @@ class Workspace:
             return "The command holds a null character."
         outcome = self._sandbox.command(["sh", "-c", command], files=self.files)
         end = "The time ran out." if outcome.timed_out else f"Exit status {outcome.status}."
-        return f"{outcome.text.strip()}\n{end}".strip()
+        text = _TIME.sub("0.00s", outcome.text.strip())  # or else the same work would never read the same twice
+        return f"{text}\n{end}".strip()
 
 
 def shortened(text: str, most: int = _SHOWN_CHARS) -> str:
