@@ -363,6 +363,18 @@ def decide(program: bytes, number: int, arch: int, arguments: tuple[int, int]) -
             at += yes if holds else no
 
 
+def test_the_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sandbox as bench  # bench/sandbox.py
+
+    with small_sandbox():
+        pass
+    out = tmp_path / "out.json"
+    arguments = ["sandbox.py", "--programs", "10", "--repeats", "1", "--workers", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    bench.main()
+    assert json.loads(out.read_text())["cores_over_cpu_time"] > 0
+
+
 def test_requests_as_bytes() -> None:
     header, parts = wire.unpack(wire.pack({"a": ["x", 1]}, [b"", b"\0\xff", b"text"]))
     assert header == {"a": ["x", 1]}
