@@ -3,9 +3,9 @@
     python bench/sandbox.py [--programs 600] [--workers N] [--repeats 3] [--out FILE]
 
 Wall-clock figures say what a machine gave; on one that is shared with other work they say little. So the processor
-time of a program is measured too, of everything that it causes in this process, the worker and the program (the kernel's
-own threads, which take namespaces apart afterwards, are not part of it): the cores divided by it are what an idle
-machine could give. For comparison: a fresh interpreter for every program without any isolation.
+time of a program is measured too, of everything that it causes in this process, the worker and the program (the
+kernel's own threads, which take namespaces apart afterwards, are not part of it): the cores divided by it are what an
+idle machine could give. For comparison: a fresh interpreter for every program without any isolation.
 """
 
 import argparse
