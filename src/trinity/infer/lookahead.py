@@ -154,7 +154,8 @@ class Lookahead:
             self.kernels.decode(buffers, self.cache)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Another thread may train meanwhile (rollouts one step ahead).
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.kernels.decode(buffers, self.cache)
         buffers.positions.zero_()
         return graph
