@@ -48,9 +48,9 @@ SHAPES = {
     ),
     "toy": Shape(
         model={
-            "vocab_size": 4096, "num_layers": 8, "num_dense_layers": 1, "dim": 128, "num_heads": 4, "num_kv_heads": 2,
-            "head_dim": 32, "ffn_dim": 384, "expert_dim": 96, "num_experts": 8, "experts_per_token": 2,
-            "route_scale": 2.448, "window": 64,
+            "vocab_size": 4096, "num_layers": 4, "num_dense_layers": 3, "dim": 128, "num_heads": 4, "num_kv_heads": 2,
+            "head_dim": 32, "ffn_dim": 256, "expert_dim": 64, "num_experts": 4, "experts_per_token": 2,
+            "global_every": 2, "window": 64,
         },
         target=1024,
         pretrain_length=256,
@@ -60,7 +60,8 @@ SHAPES = {
         extend_batch=4096,
         micro_tokens=2048,
         settings=(
-            "optim.muon_lr=0.02", "optim.adamw_lr=0.004", "runtime.device=cpu", "runtime.dtype=float32",
+            "optim.muon_lr=0.02", "optim.adamw_lr=0.005", "runtime.device=cpu", "runtime.dtype=float32",
+            "pretrain.niah_share=0.75", "extend.niah_share=0.75",
             "pretrain.warmup_steps=10", "extend.niah_every=100", "eval.niah_samples=4",
             "eval.niah_depths=5", "eval.niah_keys=5",
         ),
@@ -97,7 +98,8 @@ def run_config(options: argparse.Namespace, variant: str, seed: int, length: int
             f"pretrain.seq_len={shape.pretrain_length}",
             "pretrain.decay_fraction=0.2",
             "pretrain.eval_every=1000000",
-            "pretrain.niah_share=0.25",
+            "pretrain.final_lr_scale=0.3",
+            "pretrain.niah_share=0.4",
             f"extend.seq_len={length}",
             f"extend.tokens={extend_tokens}",
             "extend.warmup_steps=10",
