@@ -42,8 +42,8 @@ SHAPES = {
         micro_tokens=32_768,
         settings=(
             "optim.muon_lr=0.01", "optim.adamw_lr=0.002", "runtime.device=cuda", "runtime.dtype=bfloat16",
-            "runtime.compile=false", "pretrain.warmup_steps=30", "extend.niah_every=60",
-            "eval.niah_samples=8", "eval.niah_depths=5", "eval.niah_keys=5",
+            "runtime.compile=false", "pretrain.warmup_steps=30", "extend.niah_every=100",
+            "eval.niah_samples=4", "eval.niah_depths=5", "eval.niah_keys=5",
         ),
     ),
     "toy": Shape(
@@ -74,7 +74,7 @@ VARIANTS = ("3to1", "full", "nope")
 def run_config(options: argparse.Namespace, variant: str, seed: int, length: int) -> RunConfig:
     """Settings of the pretraining and of the extension at rows of `length` tokens."""
     shape = SHAPES[options.shape]
-    longest = 2 * max(options.target, *options.lengths)
+    longest = 4 * options.target
     attention = {"3to1": {}, "full": {"window": longest}, "nope": {"global_every": 1}}[variant]
     model = {**shape.model, "max_positions": longest, **attention}
     pretrain_tokens = options.pretrain_tokens or shape.pretrain_tokens
@@ -91,6 +91,7 @@ def run_config(options: argparse.Namespace, variant: str, seed: int, length: int
             f"runtime.seed={seed}",
             f"data.streams={streams}",
             "data.max_epochs=100",
+            "data.buffer=256",
             "balance.rate=2e-3",
             "checkpoint.every_steps=1000000",
             "checkpoint.keep_last=1",
