@@ -49,7 +49,7 @@ def greedy(model: Transformer, tokenizer: Tokenizer) -> Complete:
                 tails = [prompts[number][common:] for number in numbers]
                 answers = answer_after(engine, prompts[numbers[0]][:common], tails, max_new_tokens, stop_ids, chunk)
                 for number, answer in zip(numbers, answers, strict=True):
-                    texts[number] = tokenizer.decode(answer)
+                    texts[number] = tokenizer.decode(answer, skip_special=True)
         return texts
 
     return complete
