@@ -89,7 +89,15 @@ def tiny_config(folder: Path, **sections: dict) -> RunConfig:
             ],
         },
         "extend": {**stage, "seq_len": 512, "tokens": 8192, "batch_rows": 4, "niah_share": 0.5},
-        "sft": {**stage, "seq_len": 64, "batch_rows": 4, "epochs": 1, "conversations": [str(folder / "chats.jsonl")]},
+        "sft": {
+            **stage,
+            "seq_len": 64,
+            "template_samples": 4,
+            "sample_tokens": 8,
+            "batch_rows": 4,
+            "epochs": 1,
+            "conversations": [str(folder / "chats.jsonl")],
+        },
         "rl": {
             **stage,
             "seq_len": 64,

@@ -137,4 +137,4 @@ def test_held_out_conversations_are_shared_evenly(folder):
     parts = [list(held_out.batches("conversations", 2, rank, 2)) for rank in range(2)]
     assert [len(rows) for rows in parts[0]] == [len(rows) for rows in parts[1]] == [2, 1]
     docs = [chunk.doc for part in parts for rows in part for chunks in rows.documents for chunk in chunks]
-    assert sorted(docs) == sorted(i for row in data.plan(0)[:5] for i in row)
+    assert sorted(docs) == sorted(chunk.doc for row in data.plan(0)[:5] for chunk in row)

@@ -41,6 +41,9 @@ class LossConfig(Frozen):
     """alpha of the sequence-wise balance loss."""
     chunk_tokens: PositiveInt = 2048
     """Tokens whose logits exist at the same time."""
+    cross_entropy: Literal["chunked", "liger", "cce"] = "chunked"
+    """Whose loss without full logits: ours, Liger Kernel's, or cut cross-entropy (a GPU and the package; cce without
+    z-loss)."""
 
 
 class OptimConfig(Frozen):
@@ -223,10 +226,19 @@ class SFTConfig(StageConfig):
     batch_rows: PositiveInt = 32
     held_out: Fraction = 0.05
     """Share of the conversations kept for evaluation, chosen by content hash."""
+    turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns have loss; a message's own `weight` (0 or 1) goes before."""
+    packing: Literal["best-fit", "rsdb", "single"] = "best-fit"
+    """best-fit: whole conversations, longest first into the fullest row with room; rsdb: drawn at random from a buffer,
+    a conversation that reaches the end of a row goes on in a later one; single: one conversation a row."""
+    template_samples: NonNegativeInt = 32
+    """Held-out conversations whose next turn is sampled, to see whether the answers keep to the template."""
+    sample_tokens: PositiveInt = 256
+    """Most tokens of such an answer."""
 
 
 class RLConfig(StageConfig):
-    """Group-relative policy gradient on verifiable rewards: generated arithmetic."""
+    """Group-relative policy gradient on verifiable rewards: generated arithmetic unless code hands in tasks."""
 
     steps: PositiveInt = 100
     prompts_per_step: PositiveInt = 32
@@ -240,6 +252,28 @@ class RLConfig(StageConfig):
     clip_low: Fraction = 0.2
     clip_high: NonNegativeFloat = 0.28
     """Asymmetric clipping of the probability ratio to [1 - clip_low, 1 + clip_high]."""
+    max_weight: PositiveFloat = 2.0
+    """Truncation of the importance weights between sampler and trainer."""
+    advantage_scale: Literal["std", "none"] = "std"
+    """Divide a group's centred rewards by their standard deviation, or by nothing."""
+    normalise: Literal["token", "answer", "constant"] = "token"
+    """The loss is a mean over tokens, over answers of their means, or the sum over the most tokens possible."""
+    overlong_tokens: NonNegativeInt = 0
+    """Over the last so many tokens before max_new_tokens the reward falls by up to 1; 0: it does not."""
+    mask_cut: bool = False
+    """Leave answers that were cut off out of the loss; they still count in their group's mean."""
+    retries: NonNegativeInt = 0
+    """How often a question whose answers all earned the same is replaced by another one."""
+    max_turns: PositiveInt = 1
+    """Turns of the policy in an episode; more than one only for tasks that reply."""
+    replay: bool = True
+    """Train with the experts that the sampler chose (router replay)."""
+    gap_every: NonNegativeInt = 10
+    """Steps between comparisons of sampler and trainer, with replay and without; 0: never."""
+    ahead: bool = False
+    """Sample the next step's answers on a copy of the weights while this step trains: one step off-policy."""
+    sampler_batch: PositiveInt = 256
+    """Answers sampled together."""
     max_number: PositiveInt = 9
     """Largest operand of the generated arithmetic."""
 

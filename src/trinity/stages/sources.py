@@ -167,7 +167,7 @@ class ChatSource:
         self._next_row += total
         return self._data.rows([self._group(number) for number in numbers]).split(self._micro_rows)
 
-    def _group(self, number: int) -> list[int]:
+    def _group(self, number: int) -> list[Chunk]:
         epoch = int(np.searchsorted(self._ends, number, side="right"))
         if epoch == len(self._ends):
             return []
