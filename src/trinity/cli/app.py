@@ -108,6 +108,10 @@ data_app.command(
         "trinity data traces sessions.jsonl --out chats.jsonl", "trinity data traces --generate 1000 --out chats.jsonl"
     ),
 )(corpus.traces)
+data_app.command(
+    "retrieval", epilog=example("trinity data retrieval --tokenizer tok --shards shards --out retrieval.jsonl")
+)(corpus.retrieval)
+data_app.command("join", epilog=example("trinity data join code/ --out repositories.jsonl --tokens 65536"))(corpus.join)
 data_app.command("verify", epilog=example("trinity data verify shards"))(corpus.verify)
 checkpoints_app.command("ls", epilog=example("trinity checkpoints ls runs/nano"))(runs.list_checkpoints)
 checkpoints_app.command("verify", epilog=example("trinity checkpoints verify runs/nano"))(runs.verify_checkpoints)

@@ -160,11 +160,11 @@ class RetrievalConfig(Frozen):
 
     tasks: Annotated[dict[Retrieval, PositiveFloat], Field(min_length=1)] = Field(
         default_factory=lambda: {
-            "lookup": 4.0, "values": 1.0, "queries": 1.0, "tracking": 0.5, "count": 0.25, "where": 1.0, "quote": 1.0
+            "lookup": 4.0, "values": 1.0, "queries": 1.0, "tracking": 0.5, "count": 0.25, "where": 1.0, "quote": 2.0
         }
     )  # fmt: skip
     """Share of each task among the questions, by weights."""
-    density: tuple[Fraction, Fraction] = (0.05, 0.6)
+    density: tuple[Fraction, Fraction] = (0.1, 0.9)
     """Smallest and largest part of a document that facts and questions take; drawn evenly on a logarithmic scale. The
     rest is text of the training shards. Denser documents ask more often for each token read."""
     whole_rows: Fraction = 0.5
