@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from trinity.config.base import Frozen
+from trinity.config.lora import LoRAConfig
 from trinity.config.model import ModelConfig
 from trinity.config.parallel import ParallelConfig
 
@@ -274,6 +275,19 @@ class RLConfig(StageConfig):
     """Sample the next step's answers on a copy of the weights while this step trains: one step off-policy."""
     sampler_batch: PositiveInt = 256
     """Answers sampled together."""
+    server: str = ""
+    """URL up to and with /v1 of a server that samples in place of the native engine; without replay."""
+    server_model: str = "default"
+    """The model's name on that server."""
+    server_kind: Literal["vllm", "sglang"] = "vllm"
+    """How the server is told to load new weights."""
+
+    @model_validator(mode="after")
+    def _check_server(self) -> Self:
+        if self.server and self.replay:
+            raise ValueError("server gives no experts to replay: set replay = false")
+        return self
+
     max_number: PositiveInt = 9
     """Largest operand of the generated arithmetic."""
 
@@ -341,6 +355,7 @@ class RunConfig(Frozen):
     extend: ExtendConfig
     sft: SFTConfig
     rl: RLConfig
+    lora: LoRAConfig = LoRAConfig()
     retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
     eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()
