@@ -134,7 +134,7 @@ class GenerateConfig(Frozen):
     """Actors that ask endpoints, or vLLM engines."""
     gpus_per_worker: NonNegativeFloat = 1.0
     """Of a vLLM engine."""
-    engine: dict[str, str | int | float | bool] = {}
+    engine: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Further arguments of the vLLM engine, such as max_model_len."""
     timeout: PositiveFloat = 300.0
     """Seconds for one request, first byte to last."""

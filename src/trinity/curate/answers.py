@@ -1,13 +1,13 @@
 """Answers as they come in, one line each, so that a kill loses only those under way.
 
-`WORK/answers/BLOCK.WRITER.jsonl`: every writer has files of its own. Of two answers to one request, as when a worker was
-lost and the work done again elsewhere, the first in the order of the file names counts.
+`WORK/answers/BLOCK.WRITER.jsonl`: every writer has files of its own. Of two answers to one request, as when a worker
+was lost and the work done again elsewhere, the first in the order of the file names counts, failures last.
 """
 
 import json
 import os
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +32,8 @@ class Answer:
     money: float = 0.0
     seconds: float = 0.0
     attempts: int = 1
+    troubles: dict[str, int] = field(default_factory=dict)
+    """What went wrong in attempts, by kind."""
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
@@ -71,7 +73,8 @@ def read_answers(work: Path, block: int) -> dict[str, Answer]:
     for path in sorted((work / "answers").glob(f"{block:06d}.*.jsonl")):
         for record in read_jsonl(path):
             answer = Answer.from_json(record)
-            found.setdefault(answer.key, answer)
+            if answer.key not in found or (found[answer.key].failure and not answer.failure):
+                found[answer.key] = answer
     return found
 
 

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 
 from trinity.curate.language import NONE, identify
-from trinity.curate.recipes import Checks, Recipe
+from trinity.curate.recipes import Recipe
 from trinity.curate.words import shingles, word_hashes
 from trinity.data.filters import judge
 
@@ -20,13 +20,15 @@ SURE = 0.8
 SHORT = 60
 """Characters below which nothing is said about a language."""
 
-_NUMBER = re.compile(r"\d+(?:[.,'’\u00a0\u202f]\d+)*")
+_NUMBER = re.compile(r"\d+(?:[.,'\u2019\u00a0\u202f]\d+)*")
 _NUMBERING = re.compile(r"^[ \t]*(?:[-*•|]\s*)?\d+[.)]\s", re.MULTILINE)
 _REFUSAL = re.compile(
     r"""^\W*(?:
-    (?:i\s+am|i['’]m)\s+(?:very\s+)?(?:sorry|unable|not\s+able) | sorry,? | i\s+(?:can(?:['’]t|\s*not)|won['’]t|must\s+decline)
+    (?:i\s+am|i['\u2019]m)\s+(?:very\s+)?(?:sorry|unable|not\s+able) | sorry,?
+    | i\s+(?:can(?:['\u2019]t|\s*not)|won['\u2019]t|must\s+decline)
     | (?:as|being)\s+an?\s+(?:ai|artificial|language\s+model) | unfortunately,?\s+i | i\s+apologi[sz]e
-    | es\s+tut\s+mir\s+leid | ich\s+kann\s+(?:leider\s+)?(?:nicht|keine?) | (?:je\s+suis\s+)?désolée? | je\s+ne\s+peux\s+pas
+    | es\s+tut\s+mir\s+leid | ich\s+kann\s+(?:leider\s+)?(?:nicht|keine?)
+    | (?:je\s+suis\s+)?désolée? | je\s+ne\s+peux\s+pas
     | lo\s+siento | no\s+puedo | desculpe | não\s+posso | mi\s+dispiace | non\s+posso | извините | к\s+сожалению,\s+я
     | 抱歉 | 对不起 | 我无法 | 申し訳 | 죄송
     )""",
@@ -38,7 +40,7 @@ _ABOUT_ITSELF = re.compile(
 )
 _LEAK = re.compile(
     r"<\|[a-z_]+\|>|</?(?:think|tool_call|system|user|assistant)>|\[/?INST\]|^\W*(?:sure|certainly|of course|okay)[,!:]"
-    r"|^\W*here(?:['’]s| is| are) (?:the|a|an|your|my)\b.{0,80}:\s*$"
+    r"|^\W*here(?:['\u2019]s| is| are) (?:the|a|an|your|my)\b.{0,80}:\s*$"
     r"|\b(?:the|this) (?:passage|text) (?:above|below|provided)|\bprovided passage\b",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -95,13 +97,14 @@ def repeated(text: str) -> float:
 
 
 def numbers(text: str) -> set[str]:
-    """The numbers of a text from 10 up, as digits without separators: 1,250.5 and 1.250,5 are the same; the numbering of
-    lists does not count, nor do small numbers, which may as well be words."""
+    """The numbers of a text from 10 up, as digits without separators: 1,250.5 and 1.250,5 are the same.
+
+    The numbering of lists does not count, nor do small numbers, which may as well be words."""
     found = set()
     for match in _NUMBER.findall(_NUMBERING.sub("", text)):
-        digits = "".join(str(unicodedata.digit(c)) for c in match if c.isdigit() and unicodedata.digit(c, None) is not None)
-        if len(digits.lstrip("0")) >= 2:
-            found.add(digits.lstrip("0"))
+        digits = "".join(str(unicodedata.digit(c)) for c in match if c.isdecimal()).lstrip("0")
+        if len(digits) >= 2:
+            found.add(digits)
     return found
 
 

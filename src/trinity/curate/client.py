@@ -13,7 +13,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -62,8 +62,6 @@ class Client:
         self._lock = threading.Lock()
         self._next = 0
         self._reached = time.monotonic()
-        self.troubles: Counter[str] = Counter()
-        """Attempts that failed, by kind."""
         for one in endpoints:
             if one.key_variable is not None and not os.environ.get(one.key_variable):
                 raise UserError(f"the environment variable {one.key_variable}, the API key of {one.url}, is not set")
@@ -75,7 +73,7 @@ class Client:
     def ask(self, request: Request) -> Answer | None:
         """The answer, or the failure of the last attempt; None when the budget does not allow the request.
 
-        Raises UserError when no endpoint has been reachable for `patience` seconds, or one refuses the key or the model.
+        Raises UserError when no endpoint has been reachable for `patience` seconds, or one refuses key or model.
         """
         body = request.body(self.config)
         prompt, completion = most_tokens(sum(len(m["content"]) for m in body["messages"]), body["max_tokens"])
@@ -83,6 +81,7 @@ class Client:
         money = 0.0
         start = time.monotonic()
         attempt = 0
+        troubles: Counter[str] = Counter()
         while True:
             with self._endpoint() as endpoint:
                 aside = _price(endpoint.config, prompt, completion)
@@ -101,7 +100,8 @@ class Client:
                 except FailedError as failed:
                     failure, wait = failed.kind, failed.wait
                     tokens = getattr(failed, "tokens", (0, 0))
-                    self._note(endpoint, failed)
+                    self._note(endpoint)
+                    troubles[failed.kind] += 1
                     final = failed.final
                     unreachable = failed.unreachable
                 else:
@@ -110,23 +110,20 @@ class Client:
                 self._purse.settle(sum(tokens) - prompt - completion, cost - aside)
                 used_prompt, used_completion, money = used_prompt + tokens[0], used_completion + tokens[1], money + cost
             if found is not None:
-                return Answer(
-                    request.key,
-                    found.text,
-                    finish=found.finish,
-                    model=found.model,
-                    endpoint=found.endpoint,
+                return replace(
+                    found,
                     prompt_tokens=used_prompt,
                     completion_tokens=used_completion,
                     money=money,
                     seconds=time.monotonic() - start,
                     attempts=attempt + 1,
+                    troubles=dict(troubles),
                 )
             if unreachable:  # no fault of the document: waits as long as patience lasts
                 if time.monotonic() - self._reached > self._settings.patience:
                     raise UserError(
-                        f"no endpoint could be reached for {self._settings.patience:g} seconds ({failure}); what is done "
-                        "is kept: run the same command again once they are back"
+                        f"no endpoint could be reached for {self._settings.patience:g} seconds ({failure}); what is "
+                        "done is kept: run the same command again once they are back"
                     )
                 time.sleep(min(1.0, self._settings.backoff))
                 continue
@@ -144,6 +141,7 @@ class Client:
             money=money,
             seconds=time.monotonic() - start,
             attempts=attempt,
+            troubles=dict(troubles),
         )
 
     def _endpoint(self) -> "_Slot":
@@ -153,23 +151,21 @@ class Client:
             with self._lock:
                 order = self._endpoints[self._next :] + self._endpoints[: self._next]
                 self._next = (self._next + 1) % len(self._endpoints)
-            awake = [one for one in order if one.resting_until <= now] or sorted(order, key=lambda e: e.resting_until)[:1]
+            awake = [one for one in order if one.resting_until <= now]
+            awake = awake or [min(order, key=lambda one: one.resting_until)]
             for endpoint in awake:
                 if endpoint.slots.acquire(blocking=False):
                     return _Slot(endpoint)
             if awake[0].slots.acquire(timeout=0.05):
                 return _Slot(awake[0])
 
-    def _note(self, endpoint: _Endpoint, failed: FailedError) -> None:
+    def _note(self, endpoint: _Endpoint) -> None:
         with self._lock:
-            self.troubles[failed.kind] += 1
             endpoint.failures += 1
             if endpoint.failures >= 3 and len(self._endpoints) > 1:  # the others take over for a while
                 endpoint.resting_until = time.monotonic() + min(_LONGEST_WAIT, 2.0 ** min(endpoint.failures - 3, 6))
 
-    def _attempt(
-        self, endpoint: _Endpoint, request: Request, body: dict[str, Any]
-    ) -> tuple[Answer, tuple[int, int]]:
+    def _attempt(self, endpoint: _Endpoint, request: Request, body: dict[str, Any]) -> tuple[Answer, tuple[int, int]]:
         status, headers, data = self._post(endpoint, {"model": endpoint.config.model, **body})
         url = endpoint.config.url
         if status in _MISTAKE:

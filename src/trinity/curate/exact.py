@@ -4,20 +4,21 @@ import ast
 import re
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
 
 MOST_CHARS = 300
 MOST_POWER = 64
 MOST_BITS = 4096
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?|[-+]?\.\d+")
-_CHAIN = re.compile(r"[-+*/^()\d.,%\s×÷·−=]*=[-+*/^()\d.,%\s×÷·−=]*\d")
-_SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "^": "ˆ"})
+_CHAIN = re.compile(r"[-+*/^()\d.,%\s\u00d7\u00f7\u00b7\u2212=]*=[-+*/^()\d.,%\s\u00d7\u00f7\u00b7\u2212=]*\d")
+_SIGNS = str.maketrans({"\u00d7": "*", "\u00b7": "*", "\u00f7": "/", "\u2212": "-", "^": "\u02c6"})
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _FINAL = (re.compile(r"####\s*(.+)"), re.compile(r"\\boxed\{([^{}]+)\}"))
 
 
 def value(expression: str) -> Fraction | None:
     """The value of an expression of numbers, + - * / ^ % and parentheses; None when it is none or too large."""
-    text = _THOUSANDS.sub("", expression.strip().translate(_SIGNS).replace("ˆ", "**"))
+    text = _THOUSANDS.sub("", expression.strip().translate(_SIGNS).replace("\u02c6", "**"))
     text = re.sub(r"(\d)\s*%", r"(\1/100)", text) if "%" in text else text
     text = re.sub(r"\b0+(?=\d)", "", text)
     if not text or len(text) > MOST_CHARS:
@@ -80,12 +81,12 @@ def wrong_equations(text: str) -> Iterator[str]:
         chain = match.group()
         before = text[: match.start()].rstrip()[-1:]
         sides = chain.split("=")
-        for place, (left, right) in enumerate(zip(sides, sides[1:], strict=False)):
+        for place, (left, right) in enumerate(pairwise(sides)):
             left, right = left.strip(" ,.\n\t"), right.strip(" ,.\n\t").split("\n")[0]
             left = left.split("\n")[-1]
-            if place == 0 and (before.isalnum() or before in ")]}_$\\" and before):
+            if place == 0 and (before.isalnum() or before in (")", "]", "}", "_", "$", "\\")):
                 continue  # part of a larger expression with letters
-            if place == 0 and left[:1] in "*/^×÷·":
+            if place == 0 and left[:1] in "*/^\u00d7\u00f7\u00b7":
                 continue
             one, other = value(left), value(right)
             if one is None or other is None or not (_is_sum(left) or _is_sum(right)):
@@ -98,4 +99,4 @@ def wrong_equations(text: str) -> Iterator[str]:
 
 def _is_sum(text: str) -> bool:
     """Whether anything is calculated in it."""
-    return bool(re.search(r"[\d)%]\s*[-+*/^×÷·−]\s*[\d(.-]", text))
+    return bool(re.search(r"[\d)%]\s*[-+*/^\u00d7\u00f7\u00b7\u2212]\s*[\d(.-]", text))

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from trinity.curate.exact import final_answer, number_in, value, wrong_equations
@@ -28,7 +29,7 @@ _THINKING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
 _FENCED = re.compile(r"^```[a-zA-Z]*\n(.*?)\n?```$", re.DOTALL)
 _PYTHON = re.compile(r"^```(?:python|py|python3)[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
 _PAIR = re.compile(r"^Q:[ \t]*(.+?)\n+A:[ \t]*(.+?)(?=\n+Q:|\Z)", re.DOTALL | re.MULTILINE)
-_TURN = re.compile(r"^\**([^\s:*][^:\n*]{0,40})\**[:：]\**[ \t]*(\S.*)$", re.MULTILINE)
+_TURN = re.compile(r"^\**([^\s:*][^:\n*]{0,40})\**[:\uff1a]\**[ \t]*(\S.*)$", re.MULTILINE)
 _ITEM = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+(\S.*)$", re.MULTILINE)
 _ROW = re.compile(r"^\|(.+)\|[ \t]*$", re.MULTILINE)
 _RULE = re.compile(r"^[\s|:-]+$")
@@ -75,7 +76,7 @@ def _dialogue(text: str, passage: str, checks: Checks) -> Read:
     speakers = [name.strip() for name, _ in turns]
     if not 2 <= len(set(speakers)) <= 6:
         return Read("", "not a conversation")
-    if sum(one == other for one, other in zip(speakers, speakers[1:], strict=False)) > len(turns) // 2:
+    if sum(one == other for one, other in pairwise(speakers)) > len(turns) // 2:
         return Read("", "not a conversation")
     return Read(text)
 
@@ -150,7 +151,8 @@ def _code(text: str, passage: str, checks: Checks) -> Read:
         program, tests = (ast.parse(block) for block in blocks)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return Read("", "no valid program")
-    defined = {n.name for n in ast.walk(program) if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)}
+    makers = ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef
+    defined = {n.name for n in ast.walk(program) if isinstance(n, makers)}
     asserts = [n for n in ast.walk(tests) if isinstance(n, ast.Assert)]
     using = sum(any(isinstance(n, ast.Name) and n.id in defined for n in ast.walk(a)) for a in asserts)
     if using < checks.min_items:

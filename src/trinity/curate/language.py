@@ -31,5 +31,5 @@ def _identifier() -> Any:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UserError("identifying languages needs the package py3langid: pip install 'trinity-moe[curate]'") from None
+        raise UserError("identifying languages needs py3langid: pip install 'trinity-moe[curate]'") from None
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -101,8 +101,9 @@ def find_near(
 def _similar(signatures_NP: np.ndarray, pairs_C2: np.ndarray, threshold: float) -> np.ndarray:
     found = np.zeros(len(pairs_C2), bool)
     for start in range(0, len(pairs_C2), _COMPARED_AT_ONCE):
-        one, other = pairs_C2[start : start + _COMPARED_AT_ONCE].T
-        found[start : start + _COMPARED_AT_ONCE] = (signatures_NP[one] == signatures_NP[other]).mean(axis=1) >= threshold
+        part = slice(start, start + _COMPARED_AT_ONCE)
+        one, other = pairs_C2[part].T
+        found[part] = (signatures_NP[one] == signatures_NP[other]).mean(axis=1) >= threshold
     return found
 
 

@@ -131,6 +131,6 @@ def check_recipes(config: CurateConfig) -> None:
     for number, rewrite in enumerate(config.rephrase):
         recipe = load_recipe(rewrite.recipe)
         if recipe.needs_language and rewrite.language is None:
-            raise UsageError(f"rephrase.{number}.language is not set; the recipe {rewrite.recipe} needs one, such as fr")
+            raise UsageError(f"rephrase.{number}.language is not set; the recipe {rewrite.recipe} needs it, such as fr")
         if rewrite.language is not None and not recipe.needs_language:
             raise UsageError(f"rephrase.{number}.language is set, but the recipe {rewrite.recipe} asks for none")

@@ -17,7 +17,7 @@ from trinity.curate.duplicates import kept_rows
 from trinity.curate.recipes import load_recipe
 
 _PARAGRAPH = re.compile(r"\n\s*\n")
-_SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|(?<=[。！？])|\n")
+_SENTENCE = re.compile(r"(?<=[.!?\u3002\uff01\uff1f])\s+|(?<=[\u3002\uff01\uff1f])|\n")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _of_document(source: Source, rewrite: int, settings: RephraseConfig, seed: i
     recipe = load_recipe(settings.recipe)
     sampling = (settings.language, settings.max_tokens, settings.temperature, settings.top_p, seed)
     for number, passage in cut_passages(source.text, settings.passage_chars, settings.max_passages):
-        parts = json.dumps([source.source, source.id, source.hash.hex(), recipe.fingerprint, rewrite, number, *sampling])
+        parts = json.dumps([source.name, source.hash.hex(), recipe.fingerprint, rewrite, number, *sampling])
         digest = hashlib.blake2b((parts + passage).encode(), digest_size=16).digest()
         pick = int.from_bytes(digest[8:], "big")
         style = recipe.styles[pick % len(recipe.styles)] if recipe.styles else ""
