@@ -29,9 +29,9 @@ def curate(
         return
     check_output(out)
     from trinity.base.console import Console
-    from trinity.curate.report import write_page
     from trinity.curate.run import Progress
     from trinity.curate.run import curate as run
+    from trinity.report.curation import write_curation
 
     with Console().progress("Curating", total=None, unit="blocks") as view:
 
@@ -40,7 +40,7 @@ def curate(
             view.set(p.done, p.step)
 
         found = run(config, out, retry=retry, force=force, progress=on_progress)
-    page = write_page(out)
+    page = write_curation(out)
     if as_json:
         print_json({key: value for key, value in found.items() if key not in ("samples", "plan")})
         return

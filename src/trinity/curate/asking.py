@@ -75,4 +75,6 @@ class Asker:
         return unasked
 
     def close(self) -> None:
+        """Wait for what is under way and close the connections."""
         self._pool.shutdown(cancel_futures=True)
+        self._client.close()

@@ -70,6 +70,12 @@ class Client:
     def slots(self) -> int:
         return sum(endpoint.config.concurrency for endpoint in self._endpoints)
 
+    def close(self) -> None:
+        """Close the connections that lie idle."""
+        for endpoint in self._endpoints:
+            while endpoint.idle:
+                endpoint.idle.pop().close()
+
     def ask(self, request: Request) -> Answer | None:
         """The answer, or the failure of the last attempt; None when the budget does not allow the request.
 
@@ -218,6 +224,7 @@ class Client:
                     raise FailedError("endpoint gave rubbish")
                 if connection.sock is not None:
                     connection.sock.settimeout(max(0.01, deadline - time.monotonic()))
+            response.close()  # it does not do so by itself when read piece by piece
             if response.will_close:
                 connection.close()
             else:
@@ -235,7 +242,7 @@ class Client:
             raise FailedError(f"endpoint cannot be reached: {error.strerror or error}", unreachable=True) from None
         except (OSError, http.client.HTTPException) as error:
             self._close(connection)
-            if reused:  # the server closed a connection that lay idle
+            if reused and isinstance(error, ConnectionError):  # the server closed a connection that lay idle
                 return self._post(endpoint, body)
             raise FailedError(f"endpoint broke off ({type(error).__name__})") from None
 

@@ -108,7 +108,7 @@ class Graph:
                 size=config.generate.workers, max_tasks_in_flight_per_actor=BLOCKS_IN_HAND
             ),
             num_cpus=0,
-            max_concurrency=BLOCKS_IN_HAND,
+            ray_remote_args_fn=lambda: {"max_concurrency": BLOCKS_IN_HAND},
         )
         finished = asked.map(done, compute=ray.data.TaskPoolStrategy(size=self._settings.workers), **self._task)
         for row in finished.iter_rows():

@@ -30,10 +30,11 @@ def ray_cluster(address: str, workers: int | None, **local: Any) -> Iterator[Any
     """The module `ray`, connected, with `ray.data`.
 
     `address` is "auto", HOST:PORT or ray://HOST:PORT, or "local" for a cluster of this machine alone that ends with the
-    call, has `workers` CPUs and further arguments of `ray.init`. Every node must see the same files under the same paths
+    call, has `workers` CPUs and further arguments of `ray.init`; a process that is connected already stays so. Every node must see the same files under the same paths
     and have this package. Raises UserError without the package `ray` and when no cluster answers.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it reports on itself in red where nothing is wrong
     try:
         import ray  # pyright: ignore[reportMissingImports]
         import ray.data  # pyright: ignore[reportMissingImports]
@@ -41,6 +42,9 @@ def ray_cluster(address: str, workers: int | None, **local: Any) -> Iterator[Any
         raise UserError("running on Ray needs the package ray: pip install 'trinity-moe[ray]'") from None
     _check_reachable(address)
     environment = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}  # one thread for each worker
+    if ray.is_initialized():  # this process has its cluster already
+        yield ray
+        return
     options: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, **local} if address == LOCAL else {}
     try:
         ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **options)
