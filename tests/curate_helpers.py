@@ -17,11 +17,53 @@ from typing import Any
 from trinity.config.curate import CurateConfig
 from trinity.curate.blocks import read_block
 
-WORDS = """
-    the river harbour winter captain letter village teacher mountain garden window market yellow silver answer journey
-    carried remembered opened painted followed measured between under without before after every several quiet narrow
-    sudden distant ordinary and of in to with a from over their his her
-""".split()
+WORDS = [
+    "the",
+    "river",
+    "harbour",
+    "winter",
+    "captain",
+    "letter",
+    "village",
+    "teacher",
+    "mountain",
+    "garden",
+    "window",
+    "market",
+    "yellow",
+    "silver",
+    "answer",
+    "journey",
+    "carried",
+    "remembered",
+    "opened",
+    "painted",
+    "followed",
+    "measured",
+    "between",
+    "under",
+    "without",
+    "before",
+    "after",
+    "every",
+    "several",
+    "quiet",
+    "narrow",
+    "sudden",
+    "distant",
+    "ordinary",
+    "and",
+    "of",
+    "in",
+    "to",
+    "with",
+    "a",
+    "from",
+    "over",
+    "their",
+    "his",
+    "her",
+]
 
 
 def prose(seed: int, words: int = 120) -> str:

@@ -1,4 +1,4 @@
-"""A curation from files to committed blocks, without a cluster: counts, provenance, kills, faults, budgets, refusals."""
+"""A curation from files to committed blocks, without a cluster: counts, provenance, kills, faults, budgets."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_a_second_call_asks_nothing_and_other_settings_are_refused(tmp_path: Pat
 
 
 def test_kills_at_random_moments_lose_nothing_and_duplicate_nothing(tmp_path: Path) -> None:
-    kill_and_compare(tmp_path, "serial", kills=3, seed=0)
+    kill_and_compare(tmp_path, "serial", kills=2, seed=0)
 
 
 @pytest.mark.slow
@@ -236,7 +236,7 @@ def test_endpoints_that_are_gone_stop_the_run_and_keep_what_is_done(tmp_path: Pa
     assert (tmp_path / "out" / ".work" / "keep.npy").exists()
     with (
         writer(lambda number, body: "unknown") as server,
-        pytest.raises(UserError, match="answered 404: .*made up"),
+        pytest.raises(UserError, match=r"answered 404: .*made up"),
     ):
         curate(recipe_for(inputs, server.url), tmp_path / "out2")
 
@@ -262,7 +262,7 @@ def test_benchmark_questions_are_kept_out(tmp_path: Path) -> None:
     assert "in.jsonl/d3#encyclopaedia-0-0" not in written(tmp_path / "o")
 
 
-CODE = '''Task: add numbers, as the passage about the harbour suggests, and explain how it is done.
+CODE = """Task: add numbers, as the passage about the harbour suggests, and explain how it is done.
 
 ```python
 def add(a, b):
@@ -274,7 +274,7 @@ assert add(1, 2) == 3
 assert add(0, 0) == 0
 assert add(-1, 1) == 0
 ```
-'''
+"""
 
 
 class Trusting:
@@ -297,7 +297,7 @@ def test_code_needs_a_sandbox_and_is_judged_by_its_tests(tmp_path: Path) -> None
 
     with writer(answer=answer) as server:
         config = recipe_for(inputs, server.url, rephrase=[{"recipe": "code"}])
-        with pytest.raises(UserError, match="the recipe code runs programs .* needs a sandbox"):
+        with pytest.raises(UserError, match=r"the recipe code runs programs .* needs a sandbox"):
             curate(config, tmp_path / "out")
         found = curate(config, tmp_path / "out", runner=Trusting())
         odd = sum(body["seed"] % 2 for body in server.bodies)
@@ -343,7 +343,10 @@ HEAD = '[input]\npaths = ["x"]\n[generate]\nmodel = "m"\n'
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (HEAD + '[[rephrase]]\nrecipe = "list"\nlanguag = "fr"\n', "rephrase.0 has no key 'languag'; .* did you mean 'language'"),
+        (
+            HEAD + '[[rephrase]]\nrecipe = "list"\nlanguag = "fr"\n',
+            "rephrase.0 has no key 'languag'; .* did you mean 'language'",
+        ),
         (HEAD + '[[rephrase]]\nrecipe = "lists"\n', "there is no recipe 'lists': .*did you mean 'list'"),
         (HEAD + '[[rephrase]]\nrecipe = "translate"\n', "rephrase.0.language is not set"),
         (HEAD + '[[rephrase]]\nrecipe = "list"\nlanguage = "fr"\n', "asks for none"),

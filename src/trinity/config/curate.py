@@ -132,8 +132,10 @@ class GenerateConfig(Frozen):
     """Requests under way at a time, for embedded; sequences of one engine, for vllm."""
     workers: PositiveInt = 1
     """Actors that ask endpoints, or vLLM engines."""
-    gpus_per_worker: NonNegativeFloat = 1.0
-    """Of a vLLM engine."""
+    on_gpu: bool = True
+    """Whether vLLM engines claim GPUs of the cluster, as many as tensor_parallel_size; false for vLLM's CPU build."""
+    engine_batch: PositiveInt = 64
+    """Requests that go to a vLLM engine at a time; several batches overlap."""
     engine: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Further arguments of the vLLM engine, such as max_model_len."""
     timeout: PositiveFloat = 300.0

@@ -1,7 +1,7 @@
 """Files of one block: a table with what is to be said about it inside, so that one rename commits both."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ def block_path(folder: Path, number: int) -> Path:
     return folder / f"{number:0{_DIGITS}d}.parquet"
 
 
-def write_block(path: Path, columns: dict[str, tuple[Any, Sequence[Any]]], about: dict[str, Any]) -> None:
+def write_block(path: Path, columns: Mapping[str, tuple[Any, Sequence[Any]]], about: dict[str, Any]) -> None:
     """Commit a table by rename: {column: (Arrow type, values)}. Raises UserError when the disk is full."""
     import pyarrow
     import pyarrow.parquet

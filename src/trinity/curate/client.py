@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import random
+import select
 import socket
 import ssl
 import threading
@@ -203,9 +204,7 @@ class Client:
         headers = {"Content-Type": "application/json"}
         if endpoint.config.key_variable is not None:
             headers["Authorization"] = f"Bearer {os.environ[endpoint.config.key_variable]}"
-        with self._lock:
-            connection = endpoint.idle.pop() if endpoint.idle else None
-        reused = connection is not None
+        connection = self._idle(endpoint)
         try:
             if connection is None:
                 maker = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -242,9 +241,18 @@ class Client:
             raise FailedError(f"endpoint cannot be reached: {error.strerror or error}", unreachable=True) from None
         except (OSError, http.client.HTTPException) as error:
             self._close(connection)
-            if reused and isinstance(error, ConnectionError):  # the server closed a connection that lay idle
-                return self._post(endpoint, body)
             raise FailedError(f"endpoint broke off ({type(error).__name__})") from None
+
+    def _idle(self, endpoint: _Endpoint) -> http.client.HTTPConnection | None:
+        """A connection that the server has not closed since its last answer, or None."""
+        while True:
+            with self._lock:
+                connection = endpoint.idle.pop() if endpoint.idle else None
+            if connection is None or (
+                connection.sock is not None and not select.select([connection.sock], [], [], 0)[0]
+            ):
+                return connection
+            connection.close()
 
     @staticmethod
     def _close(connection: http.client.HTTPConnection | None) -> None:

@@ -67,6 +67,7 @@ def finish_block(block: int, config: CurateConfig, work: Path, out: Path, judges
     use: Counter[str] = Counter()
     troubles: Counter[str] = Counter()
     money = 0.0
+    answered: list[tuple[Request, Answer]] = []
     if config.has("rephrase"):
         requests = list(requests_of(sources, config))
         answers = read_answers(work, block)
@@ -91,7 +92,7 @@ def finish_block(block: int, config: CurateConfig, work: Path, out: Path, judges
         "use": {**use, "money": money},
         "troubles": dict(troubles),
         "unasked": tallies["rephrase"].drops[NOT_ASKED] if "rephrase" in tallies else 0,
-        "failed": sum(bool(a.failure) for _, a in answered) if config.has("rephrase") else 0,
+        "failed": sum(bool(a.failure) for _, a in answered),
         "samples": samples,
         "words": {str(i): int(words[i]) for i in np.flatnonzero(words)},
         "domains": _domains(sources, rows),
@@ -284,13 +285,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[Any, list[Any]]]:
     import pyarrow as pa
 
     text, count, real = pa.string(), pa.int64(), pa.float64()
-    kinds = {
-        **{"text": pa.large_string(), "domain": text, "source": text, "id": text, "language": text, "tokens": count},
-        **{"quality": real, "tier": count, "recipe": text, "recipe_fingerprint": text, "style": text},
-        **{"origin_source": text, "origin_id": text, "origin_domain": text, "origin_language": text},
-        **{"origin_hash": text, "passage": count, "request": text, "seed": count, "model": text, "endpoint": text},
-        **{"prompt_tokens": count, "completion_tokens": count, "money": real},
-    }
+    texts = "domain source id language recipe recipe_fingerprint style origin_source origin_id origin_domain"
+    texts += " origin_language origin_hash request model endpoint"
+    counts = "tokens tier passage seed prompt_tokens completion_tokens"
+    kinds: dict[str, Any] = {"text": pa.large_string()}
+    kinds |= dict.fromkeys(texts.split(), text) | dict.fromkeys(counts.split(), count)
+    kinds |= {"quality": real, "money": real}
     return {name: (kind, [row[name] for row in rows]) for name, kind in kinds.items()}
 
 

@@ -151,8 +151,8 @@ def _code(text: str, passage: str, checks: Checks) -> Read:
         program, tests = (ast.parse(block) for block in blocks)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return Read("", "no valid program")
-    makers = ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef
-    defined = {n.name for n in ast.walk(program) if isinstance(n, makers)}
+    made = [n for n in ast.walk(program) if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
+    defined = {n.name for n in made}
     asserts = [n for n in ast.walk(tests) if isinstance(n, ast.Assert)]
     using = sum(any(isinstance(n, ast.Name) and n.id in defined for n in ast.walk(a)) for a in asserts)
     if using < checks.min_items:

@@ -57,7 +57,7 @@ class Graph:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        self._task = {"num_cpus": 1, "memory": settings.task_mib << 20}
+        self.task = {"num_cpus": 1, "memory": settings.task_mib << 20}
 
     def each(self, function: Callable[..., Any], items: Sequence[Any], *shared: Any) -> Iterator[Any]:
         """Results of `function(item, *shared)`, as they come, of one task each."""
@@ -72,7 +72,7 @@ class Graph:
             return guarded(lambda: function(items[row["item"]], *shared))
 
         rows = self._ray.data.from_items([{"item": n} for n in range(len(items))], override_num_blocks=len(items))
-        mapped = rows.map(work, compute=self._ray.data.TaskPoolStrategy(size=self._settings.workers), **self._task)
+        mapped = rows.map(work, compute=self._ray.data.TaskPoolStrategy(size=self._settings.workers), **self.task)
         for row in mapped.iter_rows():
             yield opened(row)
 
@@ -110,7 +110,7 @@ class Graph:
             num_cpus=0,
             ray_remote_args_fn=lambda: {"max_concurrency": BLOCKS_IN_HAND},
         )
-        finished = asked.map(done, compute=ray.data.TaskPoolStrategy(size=self._settings.workers), **self._task)
+        finished = asked.map(done, compute=ray.data.TaskPoolStrategy(size=self._settings.workers), **self.task)
         for row in finished.iter_rows():
             yield opened(row)
 

@@ -60,7 +60,7 @@ def jaccard(one_N: np.ndarray, other_M: np.ndarray) -> float:
 
 
 def find_near(
-    signatures_NP: np.ndarray, alive_N: np.ndarray, settings: DuplicatesConfig, progress: Callable[[int], None] = id
+    signatures_NP: np.ndarray, alive_N: np.ndarray, settings: DuplicatesConfig, progress: Callable[[int], object] = id
 ) -> Near:
     """Groups of near duplicates among the documents that are alive. `progress` is told how many bands are done.
 

@@ -1,8 +1,8 @@
-"""A quality score between 0 and 1: logistic regression on simple features, calibrated, trained from a few hundred labels.
+"""A quality score between 0 and 1: calibrated logistic regression on simple features, from a few hundred labels.
 
-The model is a few dozen numbers in JSON. Its calibration is measured by cross-validation: every example is scored by a
-model that has not seen it; the scores are fitted to the labels by a sigmoid (Platt 1999), whose fit is measured on other
-folds again.
+The model is a few dozen numbers in JSON. Its calibration is measured by cross-validation: every example is scored by
+a model that has not seen it; the scores are fitted to the labels by a sigmoid (Platt 1999), whose fit is measured on
+other folds again.
 """
 
 import gzip
@@ -117,8 +117,8 @@ class QualityModel(NamedTuple):
 def train(examples: Sequence[Example], seed: int = 0) -> tuple[QualityModel, dict[str, Any]]:
     """(model, report on scores that no model had the example's label for).
 
-    The report: examples, accuracy, area under the ROC curve, Brier score (mean squared error), expected calibration error
-    over ten bins of equal width, each bin's mean score and share of good ones, before and after the sigmoid.
+    The report: examples, accuracy, area under the ROC curve, Brier score (mean squared error), expected calibration
+    error over ten bins of equal width, each bin's mean score and share of good ones, before and after the sigmoid.
     Raises UserError for too few examples or one kind alone.
     """
     labels = np.array([example.good for example in examples], np.float64)

@@ -40,7 +40,8 @@ from trinity.data.records import read_records
 
 RESULT, DATA, WORK, QUALITY, REPORT = "curated.json", "data", ".work", "quality.json", "report.html"
 _ANY_TIME = {"run": True, "budget": True}
-_ANY_TIME_GENERATE = {"timeout", "retries", "backoff", "patience", "workers", "concurrency", "gpus_per_worker", "engine"}
+_ANY_TIME_GENERATE = {"timeout", "retries", "backoff", "patience", "workers", "concurrency", "on_gpu"}
+_ANY_TIME_GENERATE |= {"engine_batch", "engine"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def curate(
     retry: bool = False,
     force: bool = False,
     runner: CodeRunner | None = None,
-    progress: Callable[[Progress], None] = id,
+    progress: Callable[[Progress], object] = id,
 ) -> dict[str, Any]:
     """Run a recipe into `out_dir`; returns what `out_dir/curated.json` holds.
 
@@ -67,7 +68,7 @@ def curate(
     it runs may change between calls; anything else makes another curation, which another directory must hold (or
     `force` starts over). `retry` asks again what failed. `runner` runs the programs of code recipes.
 
-    Raises UserError for inputs that cannot be read, recipes of code without a runner, endpoints that refuse or are gone.
+    Raises UserError for inputs that cannot be read, recipes of code without a runner, endpoints that are gone.
     """
     check_recipes(config)
     _check_runner(config, runner)
@@ -108,7 +109,7 @@ def _work(
     blocks: Sequence[Block],
     judges: Judges,
     retry: bool,
-    progress: Callable[[Progress], None],
+    progress: Callable[[Progress], object],
 ) -> None:
     work, data = out / WORK, out / DATA
     data.mkdir(exist_ok=True)

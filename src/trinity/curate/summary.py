@@ -1,6 +1,7 @@
 """What a curation did, summed over its blocks: counts, reasons, use, domain shift, samples."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def chain_holds(stages: dict[str, dict[str, Any]]) -> bool:
     tallies = {stage: Tally.from_json(value) for stage, value in stages.items()}
     documents = [t for stage, t in tallies.items() if stage not in ("rephrase", "validate", "label", "write")]
     texts = [tallies[stage] for stage in ("rephrase", "validate") if stage in tallies]
-    pairs = [*zip(documents, documents[1:], strict=False), *zip(texts, texts[1:], strict=False)]
+    pairs = [*pairwise(documents), *pairwise(texts)]
     return all(tally.check() for tally in tallies.values()) and all(one.given == other.taken for one, other in pairs)
 
 

@@ -30,8 +30,9 @@ def ray_cluster(address: str, workers: int | None, **local: Any) -> Iterator[Any
     """The module `ray`, connected, with `ray.data`.
 
     `address` is "auto", HOST:PORT or ray://HOST:PORT, or "local" for a cluster of this machine alone that ends with the
-    call, has `workers` CPUs and further arguments of `ray.init`; a process that is connected already stays so. Every node must see the same files under the same paths
-    and have this package. Raises UserError without the package `ray` and when no cluster answers.
+    call, has `workers` CPUs and further arguments of `ray.init`; a process that is connected already stays so. Every
+    node must see the same files under the same paths and have this package. Raises UserError without the package `ray`
+    and when no cluster answers.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it reports on itself in red where nothing is wrong

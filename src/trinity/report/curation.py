@@ -1,4 +1,4 @@
-"""The page of a curation: counts by stage, reasons for drops, use, domain shift, and samples side by side. No script."""
+"""The page of a curation: counts by stage, reasons for drops, use, domain shift, samples side by side. No script."""
 
 from importlib import resources
 from pathlib import Path
