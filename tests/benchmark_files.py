@@ -46,6 +46,14 @@ def record(name: str, number: int, draws: Random) -> dict[str, Any]:
             "canonical_solution": f"def f():\n    return {number}",
             "assertion": f"assert f() == {number}",
         }
+    if name == "humaneval":
+        return {
+            "task_id": f"HumanEval/{number}",
+            "prompt": f"def f{number}():\n",
+            "entry_point": f"f{number}",
+            "canonical_solution": f"    return {number}\n",
+            "test": f"def check(candidate):\n    assert candidate() == {number}\n",
+        }
     if name in ("bbh", "triviaqa_3000", "simpleqa", "aime25", "math500", "math_train4500"):
         answer = str(number * 7) if name in ("aime25", "math500", "math_train4500") else phrase(draws, 2)
         more = {"task": f"task_{number % 2}", "aliases": [answer, "other"], "subject": "algebra"}

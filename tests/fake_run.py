@@ -148,6 +148,10 @@ def loads(rng: random.Random, favour: list[list[float]], done: float) -> list[li
     return rows
 
 
+def share(done: float, length: int) -> float:
+    return min(1.0, max(0.0, 1.3 * done - length / 3000))
+
+
 def evaluations(stage: str, step: int, steps: int, loss: float) -> list[dict[str, Any]]:
     domains = {
         name: {"loss": loss + more, "bits_per_byte": (loss + more) / 2.9}
@@ -159,7 +163,14 @@ def evaluations(stage: str, step: int, steps: int, loss: float) -> list[dict[str
     ]
     if stage == "extend":
         grid = [
-            {"length": n, "depth": d / 4, "score": min(1.0, max(0.0, 1.3 * step / steps - n / 3000)), "samples": 20}
+            {
+                "task": task,
+                "length": n,
+                "depth": d / 4,
+                "score": min(1.0, max(0.0, 1.3 * step / steps - n / 3000)),
+                "samples": 20,
+            }
+            for task in ("multikey", "tracking")
             for n in (256, 512, 1024, 2048)
             for d in range(5)
         ]

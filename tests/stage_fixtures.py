@@ -9,8 +9,9 @@ import numpy as np
 from trinity.base.rng import Draws
 from trinity.config import RunConfig, TokenizerConfig
 from trinity.data import arithmetic
+from trinity.data.halves import Half
 from trinity.data.shard_writer import TokenDocument, write_shards
-from trinity.evals.needles import Half, Haystack
+from trinity.evals.needles import Haystack
 from trinity.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -88,7 +89,15 @@ def tiny_config(folder: Path, **sections: dict) -> RunConfig:
             ],
         },
         "extend": {**stage, "seq_len": 512, "tokens": 8192, "batch_rows": 4, "niah_share": 0.5},
-        "sft": {**stage, "seq_len": 64, "batch_rows": 4, "epochs": 1, "conversations": [str(folder / "chats.jsonl")]},
+        "sft": {
+            **stage,
+            "seq_len": 64,
+            "template_samples": 4,
+            "sample_tokens": 8,
+            "batch_rows": 4,
+            "epochs": 1,
+            "conversations": [str(folder / "chats.jsonl")],
+        },
         "rl": {
             **stage,
             "seq_len": 64,

@@ -5,10 +5,12 @@ import gzip
 import json
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from benchmark_files import Oracle, Trusted, write_files
+from sandbox_helpers import small_sandbox
 from stage_fixtures import tiny_config, write_inputs
 from trinity.base.errors import UsageError, UserError
 from trinity.cli import main
@@ -20,6 +22,9 @@ from trinity.evals.benchmarks.task import ChoiceTask, kind
 from trinity.evals.language_model import NativeModel
 from trinity.export.afmoe import export_afmoe
 from trinity.model.transformer import Transformer
+from trinity.rl.sandbox import pool
+from trinity.rl.sandbox.limits import Limits
+from trinity.rl.sandbox.worker import MissingLayerError
 from trinity.tokenizer import Tokenizer
 
 CHOICES = [name for name, task in TASKS.items() if isinstance(task, ChoiceTask)]
@@ -215,9 +220,26 @@ def test_the_command_line_checks_before_it_loads_a_model(data: Path, tmp_path: P
     assert main(["eval", "nowhere", "--limit", "3"]) == 2
     assert main(["eval", "nowhere", "--bench", "copa", "--data", str(data), "--out", str(tmp_path / "o")]) == 1
     assert "there is no model at nowhere" in capsys.readouterr().err
+
+
+def test_programs_run_in_the_sandbox_or_not_at_all(data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     arguments = ["--suite", "trinity-base", "--data", str(data), "--out", str(tmp_path / "o")]
+    missing = MissingLayerError("user namespace", "not permitted")
+    monkeypatch.setattr(pool, "Sandbox", Mock(side_effect=missing))
     assert main(["eval", "nowhere", *arguments]) == 1
-    assert "needs a sandbox" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "mbpp_plus runs programs that the model wrote, which needs a sandbox: " in said
+    assert "the layer 'user namespace' is missing (not permitted)" in said
+    monkeypatch.undo()
+    with small_sandbox(Limits(seconds=30.0)) as sandbox:
+        ready, gone = prepare(entries(None, ["mbpp_plus", "humaneval"]), data, sandbox)
+        assert not gone
+        outcome = run.run(Oracle(ready), ready, tmp_path / "right")["results"]
+        assert [outcome[name]["pass@1"]["value"] for name in ("mbpp_plus", "humaneval")] == [1.0, 1.0]
+        wrong = Oracle(ready)
+        wrong.replies = dict.fromkeys(wrong.replies, "    import os\n    os._exit(0)\nimport os\nos._exit(0)\n")
+        outcome = run.run(wrong, ready, tmp_path / "wrong")["results"]
+        assert [outcome[name]["pass@1"]["value"] for name in ("mbpp_plus", "humaneval")] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_every_conversation_is_in_each_epoch_once_and_whole(sizes, epoch):
     conversations = [conversation("q" * q, chr(1000 + i) * a) for i, (q, a) in enumerate(sizes)]
     data = ChatRows(conversations, WORDS, seq_len=32, seed=5)
     plan = data.plan(epoch)
-    assert Counter(i for row in plan for i in row) == Counter(range(len(sizes)))
+    assert Counter(chunk.doc for row in plan for chunk in row) == Counter(range(len(sizes)))
     rows = data.rows(plan)
     for b, chunks in enumerate(rows.documents):
         at = 0
@@ -159,6 +159,79 @@ def test_long_conversations_are_cut_and_counted():
         [conversation("q", "a" * 100), conversation("q" * 100, "a"), conversation("q", "a")], WORDS, seq_len=16
     )
     assert (len(data), data.truncated, data.dropped) == (2, 2, 1)
-    assert data.rows([[0]]).targets_BT[0].tolist() == [IGNORE, IGNORE] + [ord("a")] * 14
+    assert data.rows([[data.whole(0)]]).targets_BT[0].tolist() == [IGNORE, IGNORE] + [ord("a")] * 14
     with pytest.raises(UserError, match="no conversations with an answer"):
         ChatRows([conversation("q" * 100, "a")], WORDS, seq_len=16)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=60), st.integers(0, 3))
+def test_rsdb_loses_no_token_and_repeats_none(sizes, epoch):
+    conversations = [conversation("q" * q, chr(1000 + i) * a) for i, (q, a) in enumerate(sizes)]
+    data = ChatRows(conversations, WORDS, seq_len=16, seed=5, packing="rsdb")
+    assert (data.truncated, data.dropped) == (0, 0)
+    plan = data.plan(epoch)
+    rows = data.rows(plan)
+    heads: Counter[int] = Counter()
+    for b, chunks in enumerate(rows.documents):
+        at = 0
+        for chunk in chunks:
+            assert chunk.start == heads[chunk.doc], "pieces of a conversation come in order"
+            heads[chunk.doc] += chunk.length
+            ids, mask = WORDS.encode_chat(conversations[chunk.doc].messages)
+            here, there = slice(at, at + chunk.length), slice(chunk.start, chunk.start + chunk.length)
+            after = slice(there.start + 1, there.stop + 1)
+            assert rows.tokens_BT[b, here].tolist() == ids[there]
+            assert rows.targets_BT[b, here].tolist() == [
+                t if m else IGNORE for t, m in zip(ids[after], mask[after], strict=True)
+            ]
+            at += chunk.length
+        assert at == 16 or b == len(plan) - 1
+    assert heads == Counter({i: q + a + 2 for i, (q, a) in enumerate(sizes)})
+
+
+def test_one_conversation_a_row():
+    data = ChatRows([conversation("q", "a" * n) for n in (1, 5, 3)], WORDS, seq_len=16, packing="single")
+    assert sorted(tuple(row) for row in data.plan(0)) == [(data.whole(i),) for i in range(3)]
+
+
+def talk(*weights):
+    messages = []
+    for number, weight in enumerate(weights):
+        messages.append({"role": "user", "content": "u"})
+        answer = {"role": "assistant", "content": f"{number}"}
+        messages.append(answer if weight is None else {**answer, "weight": weight})
+    return chat.Conversation(messages, None, "here")
+
+
+def learned(data):
+    targets = data.rows([[data.whole(0)]]).targets_BT[0]
+    return "".join(chr(t) for t in targets if t not in (IGNORE, 2))
+
+
+@pytest.mark.parametrize(
+    ("weights", "turns", "expected"),
+    [
+        ((None, None, None), "all", "012"),
+        ((None, None, None), "last", "2"),
+        ((0, None, None), "all", "12"),
+        ((1, None, None), "last", "02"),
+        ((None, None, 0), "all", "01"),
+        ((1, 0, 1.0), "all", "02"),
+    ],
+)
+def test_turns_are_switched_by_setting_and_by_message(weights, turns, expected):
+    assert learned(ChatRows([talk(*weights)], WORDS, seq_len=32, turns=turns)) == expected
+
+
+def test_a_conversation_without_a_turn_to_learn_is_dropped():
+    assert ChatRows([talk(0), talk(None)], WORDS, seq_len=32).dropped == 1
+
+
+@pytest.mark.parametrize(("role", "weight"), [("assistant", 2), ("assistant", "1"), ("assistant", True), ("user", 1)])
+def test_other_weights_are_refused(tmp_path, role, weight):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    next(m for m in messages if m["role"] == role)["weight"] = weight
+    path = write(tmp_path / "c.jsonl", [{"messages": messages}])
+    with pytest.raises(UserError, match="weight"):
+        list(read_conversations([path]))

@@ -11,6 +11,7 @@ from trinity.ops.cross_entropy import (
     reference_cross_entropy,
     reference_token_logprobs,
     token_logprobs,
+    token_logprobs_and_entropies,
 )
 
 GPU = pytest.param(
@@ -116,3 +117,11 @@ def test_token_logprobs(tokens, ignored, chunk, seed) -> None:
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
     weight = torch.randn(tokens, generator=torch.Generator().manual_seed(1))
     assert_gradients((actual * weight).sum(), (expected * weight).sum(), (x, head), 2e-5)
+
+
+def test_entropies_are_those_of_the_distributions() -> None:
+    x, head, targets = torch.randn(9, 8), torch.randn(30, 8), torch.randint(30, (9,))
+    logprobs, entropies = token_logprobs_and_entropies(x, head, targets, chunk_tokens=4)
+    expected = torch.distributions.Categorical(logits=x @ head.T)
+    torch.testing.assert_close(entropies, expected.entropy())
+    torch.testing.assert_close(logprobs, expected.log_prob(targets))

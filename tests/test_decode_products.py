@@ -83,6 +83,17 @@ def test_most_probable_token(V: int) -> None:
         assert_close(logprobs, expected[1])
 
 
+@pytest.mark.gpu  # the interpreter warns of NaN, which is an error in tests
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_logits_that_are_no_numbers_give_a_token_all_the_same() -> None:
+    """It is the next step's input: outside the vocabulary it would be read from anywhere."""
+    logits = torch.full((2, 5000), float("nan"), device=DEVICE)
+    logits[1, :100] = 1.0
+    tokens, logprobs = torch.empty(2, dtype=torch.int64, device=DEVICE), torch.empty(2, device=DEVICE)
+    best(logits, 61, tokens, logprobs)
+    assert ((tokens >= 0) & (tokens < 61)).all()
+
+
 @pytest.mark.parametrize("shared", [0, 1, 2])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_experts(shared: int, fp8: bool) -> None:

@@ -58,11 +58,13 @@ def test_greedy_tokens_and_step_logits_equal_the_golden_data(models: dict[str, T
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_any_schedule_of_chunks_equals_the_full_forward(models: dict[str, Transformer], data: st.DataObject) -> None:
-    """Ragged batches of prompts shorter and far longer than the window, cut anywhere, decoded in any company."""
+    """Ragged batches of prompts shorter than, equal to and far longer than the window, cut anywhere, in any company."""
     model = models[data.draw(st.sampled_from("AB"))]
     config = model.config
     count = data.draw(st.integers(1, 4))
-    lengths = data.draw(st.lists(st.integers(1, 5 * config.window), min_size=count, max_size=count))
+    window = config.window
+    length = st.sampled_from([window - 1, window, window + 1, 2 * window]) | st.integers(1, 5 * window)
+    lengths = data.draw(st.lists(length, min_size=count, max_size=count))
     block = data.draw(st.sampled_from([1, 3, 8, 64]))
     rows = [tokens(length, config.vocab_size, seed) for seed, length in enumerate(lengths)]
     cache = Cache(config, count, device=torch.device("cpu"), dtype=torch.float32, block=block)

@@ -10,9 +10,11 @@ from trinity.base.errors import UsageError, UserError
 from trinity.config import ModelConfig
 from trinity.infer.attention import Chunk, Step
 from trinity.infer.cache import FP8, Cache
-from trinity.infer.engine import Completion, Engine
+from trinity.infer.engine import Engine
 from trinity.infer.forward import forward
 from trinity.infer.kernels import Kernels
+from trinity.infer.prefill import prefill
+from trinity.infer.request import Completion
 from trinity.infer.sampling import SamplingParams
 from trinity.model.transformer import Transformer
 
@@ -68,9 +70,10 @@ def test_chunks_of_any_shape_equal_the_reference_forward(model: Transformer) -> 
             ]
             step = Step(cache, given, TINY.window, DEVICE, masks=not fast)
             with torch.no_grad():
-                outputs.append(
-                    (kernels.prefill if fast else lambda s, **k: forward(model, s, **k))(step, return_experts=True)
-                )
+                if fast:
+                    outputs.append(prefill(kernels, step, return_experts=True))
+                else:
+                    outputs.append(forward(model, step, return_experts=True))
             step.commit()
         assert (outputs[0][0] - outputs[1][0]).abs().max() <= 1e-5
         assert torch.equal(outputs[0][1].sort(-1).values, outputs[1][1].sort(-1).values)

@@ -1,4 +1,4 @@
-"""Needle in a haystack: exact lengths, needles where they should be, and nothing shared with training documents."""
+"""Needle in a haystack: exact lengths, needles where they should be, answers that can be found."""
 
 import re
 
@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from trinity.base.errors import UserError
 from trinity.base.rng import Draws
 from trinity.config import EvalConfig
+from trinity.data.halves import Half, half_of
 from trinity.evals import needles, niah
-from trinity.evals.needles import Half, Haystack, half_of
+from trinity.evals.needles import Haystack
 
 
 class Letters:
@@ -22,7 +23,10 @@ class Letters:
     def encode(self, text):
         return [ord(c) for c in text]
 
-    def decode(self, ids):
+    def encode_batch(self, texts):
+        return [np.array(self.encode(text)) for text in texts]
+
+    def decode(self, ids, skip_special=False):
         return "".join(map(chr, ids))
 
 
@@ -59,7 +63,7 @@ def test_prompt_and_answer_fill_the_length_up_to_a_sentence(length, keys, seed):
 def test_the_needle_stands_at_its_depth():
     for question in niah.questions(LETTERS, settings_for(4000, depths=5, samples=4)):
         text = text_of(question)
-        start = len(needles.EVALUATION_WORDINGS[0].intro)
+        start = len(needles.ONE.intro)
         end = text.index("\nWhat is")
         # The other needles take room too, so the depth is met to within their length and a sentence.
         at = (text.index(question.answer) - start) / (end - start)
@@ -78,33 +82,56 @@ def test_a_length_without_room_is_refused():
         niah.questions(LETTERS, settings_for(200))
 
 
-def test_training_documents_share_no_key_value_wording_or_haystack_with_the_evaluation():
-    pairs = re.compile(r"[a-z]+-[a-z]+")
-    numbers = re.compile(r"\d{7}")
-    asked = "\n".join(text_of(q) for q in niah.questions(LETTERS, settings_for(1500, samples=20)))
-    trained = "\n".join(
-        LETTERS.decode(niah.retrieval_document(LETTERS, 1500, 3, seed=0, index=i).tolist()) for i in range(60)
-    )
-    for found in (pairs, numbers):
-        assert found.findall(asked)
-        assert not set(found.findall(asked)) & set(found.findall(trained))
-    sentences = [set(needles.split_sentences(text)) for text in (asked, trained)]
-    assert not sentences[0] & sentences[1]
-    assert not set(needles.EVALUATION_WORDINGS) & set(needles.TRAINING_WORDINGS)
+TASKS = ("multikey", "single", "multivalue", "multiquery", "tracking")
 
 
-@settings(max_examples=30, deadline=None)
-@given(index=st.integers(0, 10**6), keys=st.integers(1, 4), length=st.integers(900, 2000))
-def test_a_training_document_is_made_by_its_index_alone_and_fits(index, keys, length):
-    document = niah.retrieval_document(LETTERS, length, keys, seed=1, index=index)
-    assert len(document) <= length
-    assert document[-1] == LETTERS.eos_id
-    assert np.array_equal(document, niah.retrieval_document(LETTERS, length, keys, seed=1, index=index))
-    assert not np.array_equal(document, niah.retrieval_document(LETTERS, length, keys, seed=1, index=index + 1))
-    text = LETTERS.decode(document.tolist())
-    for value in set(re.findall(r"\d{7}", text)):
-        assert text.count(value) == 2  # stated once, asked for once
-        assert half_of(value) is Half.TRAINING
+@pytest.mark.parametrize("task", TASKS)
+def test_an_oracle_that_reads_the_text_is_right_at_every_task(task):
+    config = settings_for(1600, depths=3, samples=2, keys=3).model_copy(update={"niah_tasks": (task,)})
+    asked = niah.questions(LETTERS, config)
+    assert len(asked) == 6
+
+    def answer(prompts, _):
+        found = []
+        for prompt in prompts:
+            text = LETTERS.decode(prompt)
+            body, ask = text.rsplit("\n", 1)
+            if task == "tracking":
+                (value,) = set(re.findall(r"\d{5}", ask))
+                names = re.findall(rf"VAR ([A-Z]+) = {value}", body)
+                while more := re.findall(rf"VAR ([A-Z]+) = VAR {names[-1]}", body):
+                    names += more
+                found.append(" " + ", ".join(names))
+            else:
+                keys = dict.fromkeys(re.findall(r"[a-z]+-[a-z]+", ask))
+                found.append(" " + ", ".join(v for k in keys for v in re.findall(rf"for {k} is: (\d+)", body)))
+        return found
+
+    record = niah.evaluate(answer, LETTERS, asked)
+    assert record["tasks"] == {task: 1.0}
+    assert record["score"] == 1.0
+    assert {cell["task"] for cell in record["grid"]} == {task}
+    assert niah.evaluate(lambda prompts, _: [" 1234567"] * len(prompts), LETTERS, asked)["score"] == 0.0
+
+
+def test_part_of_several_answers_counts_in_part():
+    config = settings_for(1600, depths=1, samples=1).model_copy(update={"niah_tasks": ("multivalue",)})
+    (question,) = niah.questions(LETTERS, config)
+    assert len(question.answers) == 4
+    assert niah.score(f" {question.answers[1]} and {question.answers[3]}", question) == 0.5
+    assert niah.score(f" {question.answers[1]}0", question) == 0.0
+
+
+def test_one_text_serves_all_depths():
+    config = settings_for(3000, depths=4, samples=2, keys=2).model_copy(update={"niah_reuse": True})
+    asked = niah.questions(LETTERS, config)
+    assert [q.depth for q in asked] == 2 * niah.grid(4)
+    for first in (0, 4):
+        texts = [text_of(q).rsplit("\nWhat", 1)[0] for q in asked[first : first + 4]]
+        assert len(set(texts)) == 1
+        places = [texts[0].index(q.answer) / len(texts[0]) for q in asked[first : first + 4]]
+        assert places == sorted(places)
+    assert all(text_of(q).count(q.answer) == 1 for q in asked)
 
 
 def test_haystacks_take_documents_of_their_own_half_only():

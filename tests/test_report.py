@@ -48,6 +48,10 @@ def test_a_pipeline_gives_one_page_with_every_section(tmp_path: Path) -> None:
     assert page == tmp_path / "report.html"
     assert len(text) < 2_000_000
     assert "No data" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    # A heat map for each task of each evaluation that is shown.
+    titles = re.findall(r"<figure class=\"card niah\">.*?<small>(.*?)</small>", text)
+    assert titles
+    assert {title.split(", ")[1] for title in titles} == {"MK-NIAH", "variable tracking"}
     stages = page_data(page)["stages"]
     assert [s["name"] for s in stages] == ["pretrain", "extend", "sft", "rl"]
     assert [b["name"] for b in stages[0]["bands"]] == ["general", "enriched", "quality"]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trinity.rl.loss import group_advantages, informative, policy_loss
+from trinity.rl.loss import group_advantages, informative, length_factors, overlong_penalty, policy_loss
 from trinity.rl.rewards import exact_integer, read_integer
 
 
@@ -73,6 +73,33 @@ def test_advantages_are_standardised_in_each_group_and_zero_without_variance(rew
         assert useful.item() == (len(set(group)) > 1)
         assert row.sum().item() == pytest.approx(0, abs=1e-9)
         assert (row**2).mean().item() == pytest.approx(1.0 if useful else 0.0)
+
+
+def test_advantages_may_keep_the_scale_of_the_rewards():
+    advantages = group_advantages(torch.tensor([[0.0, 1.0], [0.5, 0.5]]), "none")
+    torch.testing.assert_close(advantages, torch.tensor([[-0.5, 0.5], [0.0, 0.0]]))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(0, 10**6))
+def test_each_normalisation_is_the_mean_that_it_names(lengths, seed):
+    """The step divides the sum over tokens by their number; with the factors that becomes each published form."""
+    generator = torch.Generator().manual_seed(seed)
+    losses = [torch.randn(n, generator=generator, dtype=torch.float64) for n in lengths]
+    expected = {
+        "token": torch.cat(losses).mean(),
+        "answer": torch.stack([part.mean() for part in losses]).mean(),
+        "constant": torch.cat(losses).sum() / (len(lengths) * 20),
+    }
+    for normalise, value in expected.items():
+        factors = length_factors(lengths, normalise, 20)
+        total = sum((f * part).sum() for f, part in zip(factors, losses, strict=True))
+        torch.testing.assert_close(total / sum(lengths), value)
+
+
+def test_overlong_answers_lose_up_to_one():
+    assert [overlong_penalty(n, 10, 4) for n in (3, 6, 8, 10)] == [0.0, 0.0, 0.5, 1.0]
+    assert overlong_penalty(10, 10, 0) == 0.0
 
 
 @pytest.mark.parametrize(

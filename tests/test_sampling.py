@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trinity.base.errors import UsageError
-from trinity.infer.sampling import SamplingParams, TokenStream, sample, truncate
+from trinity.infer.sampling import SamplingParams, TokenStream, kept, kept_by_sorting, sample
 
 
 def draw(logits: torch.Tensor, params: SamplingParams, count: int, seen: torch.Tensor | None = None) -> np.ndarray:
@@ -48,21 +48,66 @@ def test_logprobs_are_the_models_own_whatever_the_rules() -> None:
     assert logprob.item() == pytest.approx(logits.log_softmax(-1)[0, int(token)].item(), abs=1e-6)
 
 
-def kept(probs: list[float], **rules: float) -> list[int]:
-    out = truncate(torch.tensor([probs], dtype=torch.float64), [SamplingParams(**rules)])  # type: ignore[arg-type]
-    return (out[0] > 0).nonzero()[:, 0].tolist()
+def left(probs: list[float], **rules: float) -> list[int]:
+    weights = 3 * torch.tensor([probs], dtype=torch.float64)  # need not be normalised
+    out = kept_by_sorting(weights, [SamplingParams(**rules)])  # type: ignore[arg-type]
+    return out[0].nonzero()[:, 0].tolist()
 
 
 def test_truncation_rules() -> None:
     probs = [0.5, 0.25, 0.15, 0.07, 0.03]
-    assert kept(probs, top_k=2) == [0, 1]
-    assert kept(probs, top_p=0.5) == [0]
-    assert kept(probs, top_p=0.51) == [0, 1]
-    assert kept(probs, top_p=1e-9) == [0]
-    assert kept(probs, min_p=0.3) == [0, 1, 2]
-    assert kept(probs, min_p=1.0) == [0]
+    assert left(probs, top_k=2) == [0, 1]
+    assert left(probs, top_p=0.5) == [0]
+    assert left(probs, top_p=0.51) == [0, 1]
+    assert left(probs, top_p=1e-9) == [0]
+    assert left(probs, min_p=0.3) == [0, 1, 2]
+    assert left(probs, min_p=1.0) == [0]
+    assert left(probs[::-1], top_p=0.51) == [3, 4]
+    # Of equal ones the first.
+    assert left([0.2, 0.4, 0.2, 0.2], top_k=2) == [0, 1]
     # After top_k=2 the first token holds two thirds.
-    assert kept(probs, top_k=2, top_p=0.6) == [0]
+    assert left(probs, top_k=2, top_p=0.6) == [0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_what_is_kept_is_the_same_with_and_without_sorting(data: st.DataObject) -> None:
+    """Rows in any company, flat and steep, with ties, heads too small for the share that is asked for."""
+    rows, vocab = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 60))
+    rules = st.builds(
+        SamplingParams,
+        top_k=st.sampled_from([0, 0, 1, 3, 100]),
+        top_p=st.sampled_from([1e-9, 0.3, 0.95, 1.0, 1.0]),
+        min_p=st.sampled_from([0.0, 0.0, 0.2, 1.0]),
+    )
+    params = data.draw(st.lists(rules, min_size=rows, max_size=rows))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    logits = torch.randn(rows, vocab, generator=generator) * data.draw(st.sampled_from([0.0, 0.3, 3.0, 300.0]))
+    if data.draw(st.booleans()):
+        logits = logits.round()  # ties
+    weights = (logits - logits.amax(-1, keepdim=True)).double().exp()
+    found = kept(weights, params, head=data.draw(st.sampled_from([1, 4, 1024])))
+    expected = kept_by_sorting(weights, params)
+    if found is None:
+        assert all(not p.top_k and p.top_p == 1 and p.min_p == 0 for p in params)
+    else:
+        assert torch.equal(found & (weights > 0), expected & (weights > 0))
+
+
+def test_draws_at_the_size_of_a_real_vocabulary_equal_those_of_the_reference() -> None:
+    """A flat row, whose share of 0.9 lies far beyond the head, beside a steep one and rows without a rule."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 50_000, generator=generator) * torch.tensor([[0.1], [4.0], [1.0], [2.0]])
+    params = [SamplingParams(top_p=0.9), SamplingParams(top_p=0.9), SamplingParams(), SamplingParams(top_k=40)]
+    weights = (logits - logits.amax(-1, keepdim=True)).double().exp()
+    weights = weights * kept_by_sorting(weights, params)
+    total = weights.cumsum(-1)
+    stream = TokenStream(0)
+    for _ in range(20):
+        uniform = [stream.next() for _ in params]
+        tokens, _ = sample(logits, params, uniform, [None] * 4)
+        expected = torch.searchsorted(total, torch.tensor(uniform).double()[:, None] * total[:, -1:], right=True)
+        assert torch.equal(tokens, expected[:, 0])
 
 
 @settings(max_examples=50, deadline=None)

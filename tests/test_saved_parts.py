@@ -4,6 +4,7 @@ import itertools
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from layouts import SETTINGS
 from test_train_checkpoint import DyingDisk, Killed, die_after
 from trinity.base.errors import UserError
 from trinity.config import resolve
+from trinity.export import shards
+from trinity.export.parity import ParityError
 from trinity.export.reading import import_afmoe
 from trinity.export.shards import export_shards
 from trinity.model.transformer import Transformer
@@ -188,6 +191,25 @@ def test_the_main_rank_killed_at_every_write_leaves_a_whole_checkpoint_or_none(
     assert committed <= 1  # only after the rename
 
 
+def test_an_export_of_parts_that_computes_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor comes back, but not as what the checkpoint's settings make of it."""
+    settings = resolve("demo", overrides=SETTINGS)[0].model
+    model = Transformer(settings)
+    model.init_weights(1)
+    write_tensors(tmp_path / "whole", {name: tensor.detach() for name, tensor in model.state_dict().items()})
+    write = shards.write_beside
+
+    def wrong(folder: Path, public: dict[str, Any], *rest: Any) -> None:
+        write(folder, {**public, "sliding_window": 3}, *rest)
+
+    monkeypatch.setattr(shards, "write_beside", wrong)
+    with pytest.raises(ParityError):
+        export_shards(SavedTensors([tmp_path / "whole"]), settings, None, tmp_path / "out", dtype="float32")
+    assert not (tmp_path / "out").exists()
+
+
 def test_parts_are_exported_without_a_model(tmp_path: Path) -> None:
     settings = resolve("demo", overrides=SETTINGS)[0].model
     model = Transformer(settings)
@@ -201,10 +223,15 @@ def test_parts_are_exported_without_a_model(tmp_path: Path) -> None:
         write_tensors(files[-1], own, parts_metadata({n: slices[n] for n in own}))
     report = export_shards(SavedTensors(files), settings, None, tmp_path / "out", dtype="float32", max_shard_bytes=9000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
-    assert any("every tensor was compared" in line for line in report.lines())
+    assert report.max_error == {"independent forward pass": 0.0}
+    assert report.quality is None
     _, found = import_afmoe(tmp_path / "out")
     for name, tensor in state.items():
         assert torch.equal(found[name], tensor), name
+    quantised = export_shards(SavedTensors(files), settings, None, tmp_path / "fp8", dtype="fp8-block").quality
+    assert quantised is not None
+    assert 0 < quantised.top1_w8a8 <= 1
+    assert abs(quantised.perplexity / quantised.perplexity_bf16 - 1) < 0.1
     del state["norm.weight"]
     write_tensors(tmp_path / "some", state)
     with pytest.raises(UserError, match=r"norm.weight is missing"):

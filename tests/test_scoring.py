@@ -43,7 +43,7 @@ def test_packed_conversations_have_the_loss_of_conversations_alone(setup):
         return loss.item(), model.embed.weight.grad.clone()
 
     together, gradient = loss_and_gradient(packed)
-    alone, gradient_alone = loss_and_gradient([[i] for i in range(len(data))])
+    alone, gradient_alone = loss_and_gradient([[data.whole(i)] for i in range(len(data))])
     assert together == pytest.approx(alone, rel=1e-6)
     torch.testing.assert_close(gradient, gradient_alone, rtol=1e-4, atol=1e-7)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 
@@ -20,8 +21,9 @@ from trinity.base.errors import UsageError, UserError
 from trinity.config import ServeConfig
 from trinity.export.afmoe import export_afmoe
 from trinity.infer.engine import Engine
+from trinity.serve.app import Service
 from trinity.serve.key import read_key
-from trinity.serve.run import fitting_tokens, listen
+from trinity.serve.run import MAX_HEAD_BYTES, fitting_tokens, listen
 from trinity.tokenizer import Tokenizer
 
 LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 4000}
@@ -92,6 +94,78 @@ def test_a_body_that_never_comes(tokenizer: Tokenizer) -> None:
         connection.sendall(raw_head(100) + b"{")
         assert b" 408 " in connection.recv(65536)
         connection.close()
+
+
+def test_a_body_that_is_too_large_is_answered_and_not_cut_off(tokenizer: Tokenizer) -> None:
+    """What the client still sends is thrown away, so that it finds an answer and not a connection that was reset."""
+    with (
+        serving(slow_model(), tokenizer, max_body_bytes=100_000) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+        pytest.raises(openai.APIStatusError) as told,
+    ):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x" * 600_000}])
+    assert told.value.status_code == 413
+    assert "100000 bytes" in told.value.message
+
+
+def test_bodies_of_all_requests_together_are_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trinity.serve.app.BODIES", 2)
+    with serving(slow_model(), tokenizer, max_body_bytes=40_000) as server:
+        held = []
+        for _ in range(2):
+            connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+            connection.sendall(raw_head(39_000) + b" " * 38_000)
+            held.append(connection)
+        wait_for(lambda: server.service.bodies.held == 76_000)
+        status, headers, body = server.chat(messages=[{"role": "user", "content": "x" * 20_000}])
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert "large requests" in body["error"]["message"]
+        assert server.chat(max_tokens=1)[0] == 200  # a small one fits beside them
+        for connection in held:
+            connection.close()
+        wait_for(lambda: server.service.bodies.held == 0)
+        assert server.chat(max_tokens=1)[0] == 200
+        assert server.service.bodies.held == 0
+
+
+def test_a_client_that_leaves_within_its_body_is_no_error(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(slow_model(), tokenizer) as server:
+        before = server.metric("trinity_disconnects_total")
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        connection.sendall(raw_head(1000) + b'{"messages"')
+        wait_for(lambda: server.service.bodies.held > 0)
+        connection.close()
+        wait_for(lambda: server.metric("trinity_disconnects_total") == before + 1)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(b"\x00\x01 nonsense\r\n\r\n")
+            assert b" 400 " in connection.recv(65536)
+        assert server.chat(max_tokens=1)[0] == 200
+    assert caplog.text == ""
+
+
+def test_a_head_without_end_is_refused(tokenizer: Tokenizer) -> None:
+    with serving(slow_model(), tokenizer) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * (MAX_HEAD_BYTES + 1))
+            assert b" 400 " in connection.recv(65536)
+        assert server.call("GET", "/health")[0] == 200
+
+
+def test_the_cache_may_be_in_fp8_and_what_needs_a_gpu_says_so(tokenizer: Tokenizer) -> None:
+    sizes = {}
+    for kind in ("auto", "fp8"):
+        with serving(slow_model(), tokenizer, cache=kind) as server:
+            assert server.chat(max_tokens=20, ignore_eos=True)[2]["usage"]["completion_tokens"] == 20
+            stream = server.open_stream(**LONG)
+            wait_for(lambda: server.metric("trinity_cache_bytes") > 0)
+            sizes[kind] = server.service.worker._engine.cache.pools["global"].keys[0].element_size()  # type: ignore[union-attr]
+            stream.close()
+    assert sizes == {"auto": 4, "fp8": 1}
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="needs a GPU"):
+            Service(slow_model(), tokenizer, ServeConfig(name="tiny", fp8_weights=True))
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +239,29 @@ def test_a_failing_step_takes_only_those_under_way(
     assert "boom" not in told  # what is inside stays inside
     assert small.metric("trinity_engine_failures_total") == 1
     assert small.chat(max_tokens=3)[0] == 200
+
+
+def test_a_failure_that_no_new_engine_mends_is_told_to_all(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an error of the device that stays: those under way and those that wait must not hang."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    answers: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(small.chat(max_tokens=4000, ignore_eos=True)[0]))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: small.metric("trinity_answers_running") == 2 and small.metric("trinity_answers_waiting") == 1)
+    assert small.service.worker is not None
+    monkeypatch.setattr(small.service.worker, "_make_engine", fail)
+    monkeypatch.setattr(Engine, "step", fail)
+    for thread in threads:
+        thread.join(30)
+    assert answers == [500, 500, 500]
+    assert small.call("GET", "/health")[0] == 503
 
 
 def test_an_engine_that_is_gone_is_told(small: Running) -> None:

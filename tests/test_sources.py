@@ -11,9 +11,9 @@ from stage_fixtures import tiny_config, write_inputs
 from trinity.base import dist
 from trinity.config import Phase
 from trinity.data.chat import ChatRows, read_conversations
+from trinity.data.retrieval import LEAST_TOKENS, Hay
 from trinity.data.rows import IGNORE
 from trinity.data.shards import Shards
-from trinity.evals.needles import Half, Haystack
 from trinity.optim.schedule import StepPlan
 from trinity.stages.sources import ChatSource, HeldOutChats, RetrievalSource, TextSource
 from trinity.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def extend_source(folder, share=0.5):
     phase = Phase(name="extend", tokens=STEPS * 4 * 512, weights={"prose": 1.0})
     plan = StepPlan(stage.settings, [(phase.name, phase.tokens)], [(0, 4)])
     text = TextSource(stage, shards, [phase], plan, 1.0)
-    return text, RetrievalSource(stage, text, plan, share, 1, Haystack(Half.TRAINING))
+    return text, RetrievalSource(stage, text, plan, share, Hay(shards, stage.tokenizer))
 
 
 def chat_source(folder):
@@ -92,14 +92,17 @@ def test_retrieval_rows_meet_their_share_on_any_number_of_ranks(folder, as_rank,
 
 def test_retrieval_documents_are_whole_and_named_in_events(folder):
     text, source = extend_source(folder, share=1.0)
+    eos_id = Tokenizer.load(folder / "tokenizer").eos_id
     with text:
         for rows in source.next_batch(0):
             records = source.describe(rows)
             assert {record["source"] for record in records} == {"retrieval"}
             for b, chunks in enumerate(rows.documents):
                 ends = np.cumsum([chunk.length for chunk in chunks])
-                assert (rows.tokens_BT[b, ends - 1] == source._tokenizer.eos_id).all()
+                assert (rows.tokens_BT[b, ends - 1] == eos_id).all()
                 assert (rows.targets_BT[b, ends - 1] == IGNORE).all()
+                assert ends[-1] == rows.tokens_BT.shape[1]
+                assert min(chunk.length for chunk in chunks) >= LEAST_TOKENS
 
 
 def test_retrieval_goes_on_from_its_state(folder):
@@ -134,4 +137,4 @@ def test_held_out_conversations_are_shared_evenly(folder):
     parts = [list(held_out.batches("conversations", 2, rank, 2)) for rank in range(2)]
     assert [len(rows) for rows in parts[0]] == [len(rows) for rows in parts[1]] == [2, 1]
     docs = [chunk.doc for part in parts for rows in part for chunks in rows.documents for chunk in chunks]
-    assert sorted(docs) == sorted(i for row in data.plan(0)[:5] for i in row)
+    assert sorted(docs) == sorted(chunk.doc for row in data.plan(0)[:5] for chunk in row)

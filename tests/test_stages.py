@@ -127,12 +127,25 @@ def test_sft_and_rl_train_a_chat_model(folder, base, tmp_path):
         assert 0 <= step["reward"] <= 1
         assert step["kl_gap"] < 1e-6  # sampler and trainer agree on a CPU in float32
         assert step["clip_fraction"] == 0  # on policy
+        assert 0 < step["policy_entropy"] < 7
+    assert steps[0]["gap_replayed"] < 1e-6
+    assert steps[0]["gap_free"] < 1e-6
     assert {r["name"] for r in run.read_metrics("score")} == {"arithmetic", "arithmetic_seen"}
 
 
-@pytest.mark.parametrize(("name", "updates"), [("pretrain", 1), ("extend", 1), ("sft", 1), ("rl", 1), ("rl", 2)])
-def test_a_stopped_stage_goes_on_to_the_same_end(folder, base, tmp_path, name, updates):
-    config = tiny_config(folder, rl={"updates": updates})
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("pretrain", {}),
+        ("extend", {}),
+        ("sft", {}),
+        ("rl", {}),
+        ("rl", {"updates": 2}),
+        ("rl", {"ahead": True, "retries": 1, "seq_len": 96}),
+    ],
+)
+def test_a_stopped_stage_goes_on_to_the_same_end(folder, base, tmp_path, name, settings):
+    config = tiny_config(folder, **({name: settings} if settings else {}))
     start = None if name == "pretrain" else base
     stage = STAGES[name]
     stage.run(config, tmp_path / "straight", start_from=start)

@@ -86,6 +86,15 @@ def test_a_short_history_has_a_wider_bound() -> None:
     assert judge(guard, 2.0, norm=1000.0)
 
 
+def test_gradient_norms_may_rise_for_good_in_the_first_steps() -> None:
+    """As AdamW's do: the norms of a run whose every further step was skipped before."""
+    guard = filled_guard(15)
+    for norm in (9.15, 7.5, 9.3, 12.2, 14.5):
+        assert not judge(guard, 2.0, norm)
+    assert judge(guard, 2.0, 1000.0)
+    assert judge(filled_guard(64), 2.0, 9.15)
+
+
 def test_a_skipped_value_stays_out_of_the_history() -> None:
     guard = filled_guard()
     before = guard.state_dict()

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from trinity.cli import cluster, corpus, curating, models, rehearsing, runs, serving, training
+from trinity.cli import cluster, corpus, curating, exchange, models, rehearsing, runs, serving, training
 from trinity.cli.options import example
 
 app = typer.Typer(
@@ -64,13 +64,25 @@ app.command(
 )(training.sft)
 app.command("rl", epilog=example("trinity rl --from runs/chat rl.steps=200 --run-dir runs/rl"))(training.rl)
 app.command("eval", epilog=example("trinity eval runs/rl --task niah --task arithmetic --json"))(runs.evaluate)
-app.command("generate", epilog=example("trinity generate runs/rl 'The sea' --max-new-tokens 64 --temperature 0"))(
-    models.generate
-)
-app.command("chat", epilog=example("trinity chat runs/rl --system 'Answer briefly.'"))(models.chat)
+app.command(
+    "generate",
+    epilog=example(
+        "trinity generate runs/rl 'The sea' --max-new-tokens 64 --temperature 0",
+        "trinity generate my-model --prompt-file book.txt 'In short:' --max-new-tokens 300",
+    ),
+)(models.generate)
+app.command(
+    "chat", epilog=example("trinity chat runs/rl --system 'Answer briefly.'", "trinity chat my-model --file book.txt")
+)(models.chat)
 app.command("serve", epilog=example("trinity serve my-model --port 8000"))(serving.serve)
-app.command("export", epilog=example("trinity export runs/rl --out my-model --dtype bfloat16"))(models.export)
-app.command("import", epilog=example("trinity import Trinity-Nano-Base --out runs/base"))(models.import_model)
+app.command(
+    "export",
+    epilog=example(
+        "trinity export runs/rl --out my-model --dtype bfloat16",
+        "trinity export runs/rl --out my-model.gguf --format gguf",
+    ),
+)(exchange.export)
+app.command("import", epilog=example("trinity import Trinity-Nano-Base --out runs/base"))(exchange.import_model)
 app.command("rehearse", epilog=example("trinity rehearse large parallel.replicate=8 parallel.expert=8 --ranks 2048"))(
     rehearsing.rehearse
 )

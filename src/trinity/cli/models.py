@@ -1,4 +1,4 @@
-"""Verbs that use and exchange models: generate, chat, export, import."""
+"""Verbs that use models: generate, chat."""
 
 import sys
 from pathlib import Path
@@ -6,27 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trinity.base.errors import UserError
+from trinity.base.errors import UsageError, UserError
 from trinity.cli.options import (
     DeviceOption,
     DtypeOption,
-    ForceOption,
     JsonOption,
-    check_output,
     note,
     print_json,
     read_text,
 )
 
 if TYPE_CHECKING:
-    from trinity.export.parity import ParityReport
+    from trinity.infer.documents import Gathered
 
-FORMAT_HELP = "fp32, bf16, fp16, fp8-block or compressed-tensors (FP8 in blocks of 128 x 128)."
-TextOption = Annotated[
-    Path | None, typer.Option("--text", help="Text on which FP8 is compared with bfloat16.", metavar="FILE")
-]
 ModelArgument = Annotated[Path, typer.Argument(help="Model directory, run directory or checkpoint.", metavar="PATH")]
-OutOption = Annotated[Path, typer.Option("--out", help="Directory to write.", metavar="DIR")]
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of the answer at most.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 always takes the most probable token.")]
 TopP = Annotated[
@@ -38,7 +31,13 @@ Seed = Annotated[int | None, typer.Option("--seed", min=0, help="The same seed g
 
 def generate(
     path: ModelArgument,
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.", metavar="PROMPT")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to continue; - reads standard input.", metavar="PROMPT")
+    ] = None,
+    prompt_file: Annotated[
+        list[Path] | None,
+        typer.Option("--prompt-file", help="File, or folder of text files, before PROMPT; repeat.", metavar="FILE"),
+    ] = None,
     max_new_tokens: MaxTokens = 256,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
@@ -48,22 +47,34 @@ def generate(
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a text; it appears as it is generated."""
-    import trinity
+    """Continue a text; it appears as it is generated.
 
-    text = read_text(prompt)
+    A long prompt shows how much of it is read.
+    """
+    import trinity
+    from trinity.cli.reading import ReadingView
+    from trinity.infer.documents import check_room
+
+    if prompt is None and not prompt_file:
+        raise UsageError("nothing to continue: give a PROMPT or --prompt-file FILE")
+    gathered = _gather(prompt_file)
+    text = "\n\n".join(([gathered.text] if gathered else []) + ([read_text(prompt)] if prompt is not None else []))
     model, tokenizer = trinity.load(path, device=device, dtype=dtype)
-    answer = trinity.generate(
-        model,
-        tokenizer,
-        text,
-        on_text=None if as_json else _print_now,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-    )
+    if gathered is not None:
+        check_room(gathered, tokenizer, tokenizer.encode(text), model.config.max_positions, max_new_tokens)
+    with ReadingView() as view:
+        answer = trinity.generate(
+            model,
+            tokenizer,
+            text,
+            on_text=None if as_json else _print_now,
+            on_prompt=view.show,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+        )
     if as_json:
         print_json({"prompt": text, "text": answer})
     else:
@@ -73,6 +84,10 @@ def generate(
 def chat(
     path: ModelArgument,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option("--file", help="Text file, or folder of text files, to talk about; repeat.", metavar="FILE"),
+    ] = None,
     max_new_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.7,
     top_p: TopP = 1.0,
@@ -81,17 +96,19 @@ def chat(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Talk to a model.
+    """Talk to a model, about files too.
 
     Ctrl-C stops an answer, Ctrl-D ends; /reset forgets the conversation.
     """
     import trinity
+    from trinity.cli.reading import ReadingView
     from trinity.infer.chat import ChatSession
     from trinity.infer.sampling import SamplingParams
 
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    documents = _gather(file)
     model, tokenizer = trinity.load(path, device=device, dtype=dtype)
-    session = ChatSession(model, tokenizer, system=system, params=params)
+    session = ChatSession(model, tokenizer, system=system, documents=documents, params=params)
     if sys.stdin.isatty():
         note("Ctrl-C stops an answer, Ctrl-D ends, /reset forgets the conversation.")
     while (line := _read_line()) is not None:
@@ -100,99 +117,33 @@ def chat(
             continue
         if not line.strip():
             continue
-        answer = session.send(line)
-        try:
-            for piece in answer:
-                _print_now(piece)
-        except UserError as error:
-            if not sys.stdin.isatty():  # nobody is there to say it in other words
-                raise
-            note(str(error))
-        except KeyboardInterrupt:
-            answer.close()
+        with ReadingView() as view:
+            answer = session.send(line, view.show)
+            try:
+                for piece in answer:
+                    _print_now(piece)
+            except UserError as error:
+                if not sys.stdin.isatty():  # nobody is there to say it in other words
+                    raise
+                note(str(error))
+            except KeyboardInterrupt:
+                answer.close()
         print()
         if session.dropped:
             note(f"(the context is full: the first {session.dropped} messages were left out)")
 
 
-def export(
-    path: ModelArgument,
-    out: OutOption,
-    dtype: Annotated[str, typer.Option("--dtype", help=FORMAT_HELP)] = "bf16",
-    text: TextOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a model directory that other engines load.
+def _gather(paths: list[Path] | None) -> "Gathered | None":
+    """The files that a person named, and a word on what was skipped in folders."""
+    from trinity.infer.documents import gather
 
-    Refused when what was written gives other logits than the model. An FP8 export tells its perplexity beside that in
-    bfloat16, on --text or on what the model itself says.
-    """
-    import trinity
-    from trinity.export import export_afmoe
-    from trinity.export.formats import find_format
-
-    check_output(out)
-    chosen = find_format(dtype)
-    model, tokenizer = trinity.load(path, device="cpu")
-    sample = None
-    if chosen.scale is not None:
-        from trinity.infer.sample import own_text, sample_of_text
-
-        sample = own_text(model, tokenizer) if text is None else sample_of_text(text, tokenizer, model.config)
-    report = export_afmoe(
-        model, model.config, tokenizer, out, dtype=chosen.name, origin={"from": path.name}, sample=sample, force=force
-    )
-    _say_exported(out, chosen.name, report, as_json)
-
-
-def import_model(
-    directory: Annotated[
-        Path, typer.Argument(help="Public model directory (config.json, safetensors).", metavar="DIR")
-    ],
-    out: OutOption,
-    dtype: Annotated[str, typer.Option("--dtype", help=FORMAT_HELP)] = "bf16",
-    text: TextOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Take in a public `afmoe` model.
-
-    Reads and checks every tensor (experts fused or apart, FP8 too) and writes a model directory in the chosen format,
-    file by file: a model larger than memory is no problem.
-    """
-    from trinity.export import convert_afmoe
-    from trinity.export.formats import find_format
-    from trinity.export.reading import read_config
-    from trinity.infer.load import find
-    from trinity.tokenizer import Tokenizer
-
-    check_output(out)
-    chosen = find_format(dtype)
-    place = find(directory)
-    if place.run is not None:
-        raise UserError(f"{directory} is a run without a model directory; use trinity export")
-    directory = place.weights
-    sample = None
-    if chosen.scale is not None and text is not None:
-        from trinity.infer.sample import sample_of_text
-
-        sample = sample_of_text(text, Tokenizer.load(directory), read_config(directory))
-    report = convert_afmoe(
-        directory, out, dtype=chosen.name, origin={"from": directory.name}, sample=sample, force=force
-    )
-    _say_exported(out, chosen.name, report, as_json)
-
-
-def _say_exported(out: Path, dtype: str, report: "ParityReport", as_json: bool) -> None:
-    if as_json:
-        import dataclasses
-
-        print_json({"directory": str(out), "dtype": dtype, "parity": dataclasses.asdict(report)})
-    else:
-        print(f"{out}: {dtype}, compared with the model")
-        if report.quality is not None:
-            print(report.quality.line())
+    if not paths:
+        return None
+    gathered = gather(paths)
+    if gathered.skipped:
+        shown = ", ".join(gathered.skipped[:3]) + (", ..." if len(gathered.skipped) > 3 else "")
+        note(f"{len(gathered.documents)} files; skipped {len(gathered.skipped)} that are no text or empty: {shown}")
+    return gathered
 
 
 def _print_now(text: str) -> None:

@@ -1,7 +1,7 @@
 """Verbs around runs: demo, eval, report, checkpoints ls|verify."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,9 @@ from trinity.cli.options import (
     resolve_settings,
     show_settings,
 )
+
+if TYPE_CHECKING:
+    from trinity.rl.sandbox.pool import Sandbox
 
 RunArgument = Annotated[Path, typer.Argument(help="Run directory or pipeline directory.", metavar="RUN")]
 
@@ -168,6 +171,7 @@ def _benchmarks(
         key=os.environ.get("OPENAI_API_KEY", ""),
         device=device,
         dtype=dtype,
+        make_runner=_sandbox,
         on_note=note,
     )
     if as_json:
@@ -175,6 +179,22 @@ def _benchmarks(
     else:
         headers = ("benchmark", "metric", "value", "standard error", "samples", "chance", "Trinity Large")
         print_rows(headers, table(outcome))
+
+
+def _sandbox() -> "Sandbox":
+    """What runs programs of code benchmarks; their tests use NumPy."""
+    import atexit
+
+    import numpy
+
+    from trinity.rl.sandbox.limits import MIB, Limits
+    from trinity.rl.sandbox.pool import Sandbox
+
+    limits = Limits(seconds=60.0, cpu_seconds=60, memory=4096 * MIB)
+    packages = [Path(numpy.__file__).parents[1]]
+    made = Sandbox(limits, packages=packages, preload=["numpy"])
+    atexit.register(made.close)
+    return made
 
 
 def _score_rows(results: dict[str, dict[str, Any]]) -> list[tuple[object, ...]]:

@@ -46,6 +46,12 @@ def serve(
     shutdown_seconds: Annotated[
         float, typer.Option("--shutdown-seconds", min=0.0, help="For answers under way when told to end.")
     ] = 30.0,
+    cache: Annotated[
+        str, typer.Option("--cache", help="auto: keys and values as the weights; fp8: half of bfloat16's memory.")
+    ] = "auto",
+    fp8_weights: Annotated[
+        bool, typer.Option("--fp8-weights", help="Quantise the weights to FP8 at the start; needs a GPU.")
+    ] = False,
     vllm_arg: Annotated[
         list[str] | None,
         typer.Option("--vllm-arg", help="Passed on to vLLM as it is, such as --vllm-arg=--tensor-parallel-size=2."),
@@ -61,9 +67,13 @@ def serve(
         raise UsageError(f"--backend {backend} is not one of native, vllm")
     if vllm_arg and backend != "vllm":
         raise UsageError("--vllm-arg needs --backend vllm")
+    if cache not in ("auto", "fp8"):
+        raise UsageError(f"--cache {cache} is not one of auto, fp8")
     from trinity.config import ServeConfig
 
     config = ServeConfig(
+        cache="fp8" if cache == "fp8" else "auto",
+        fp8_weights=fp8_weights,
         name=name or path.resolve().name,
         host=host,
         port=port,
@@ -90,7 +100,8 @@ def serve(
     key = _key(config, api_key_file)
     model, tokenizer = trinity.load(path, device=device, dtype=dtype)
     weight = model.embed.weight
-    tokens = max_cache_tokens or find_cache_tokens(model.config, weight.device, weight.element_size(), max_batch)
+    value_bytes = 1 if config.cache == "fp8" else weight.element_size()
+    tokens = max_cache_tokens or find_cache_tokens(model.config, weight.device, value_bytes, max_batch)
     service = Service(model, tokenizer, config, api_key=key, cache_tokens=tokens)
 
     def told(address: str, port: int) -> None:

@@ -41,6 +41,9 @@ class LossConfig(Frozen):
     """alpha of the sequence-wise balance loss."""
     chunk_tokens: PositiveInt = 2048
     """Tokens whose logits exist at the same time."""
+    cross_entropy: Literal["chunked", "liger", "cce"] = "chunked"
+    """Whose loss without full logits: ours, Liger Kernel's, or cut cross-entropy (a GPU and the package; cce without
+    z-loss)."""
 
 
 class OptimConfig(Frozen):
@@ -148,7 +151,36 @@ class StageConfig(Frozen):
     """Held-out rows of an evaluation, per domain."""
 
 
+Retrieval = Literal["lookup", "values", "queries", "tracking", "count", "where", "quote"]
+"""What training documents about retrieval ask for (`data/retrieval.py`)."""
+
+
+class RetrievalConfig(Frozen):
+    """How training documents about retrieval are made. Nothing here is public; the values are ours."""
+
+    tasks: Annotated[dict[Retrieval, PositiveFloat], Field(min_length=1)] = Field(
+        default_factory=lambda: {
+            "lookup": 4.0, "values": 1.0, "queries": 1.0, "tracking": 0.5, "count": 0.25, "where": 1.0, "quote": 1.0
+        }
+    )  # fmt: skip
+    """Share of each task among the questions, by weights."""
+    density: tuple[Fraction, Fraction] = (0.05, 0.6)
+    """Smallest and largest part of a document that facts and questions take; drawn evenly on a logarithmic scale. The
+    rest is text of the training shards. Denser documents ask more often for each token read."""
+    whole_rows: Fraction = 0.5
+    """Share of the retrieval rows that are one document; the others hold several shorter ones."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.density
+        if not 0 < low <= high:
+            raise ValueError(f"density must be two rising numbers above 0, not {low} and {high}")
+        return self
+
+
 class PretrainConfig(StageConfig):
+    niah_share: Fraction = 0.0
+    """As `extend.niah_share`."""
     phases: tuple[Phase, ...]
     batch: tuple[BatchSize, ...]
     """Batch ramp; the first entry starts at token 0."""
@@ -179,7 +211,8 @@ class ExtendConfig(StageConfig):
     length_bias: NonNegativeFloat = 1.0
     """A document is drawn with odds (length ** length_bias) inside its domain; 0 draws evenly."""
     niah_share: Fraction = 0.0
-    """Share of rows that are generated retrieval documents (keys, values and haystacks apart from the evaluation's)."""
+    """Share of rows that are generated retrieval documents (`retrieval`): nothing in them meets the evaluation. Only
+    their answers bear a loss."""
     niah_every: NonNegativeInt = 0
     """Steps between evaluations of MK-NIAH during the run; 0 evaluates at the end only."""
     stop_at: Fraction = 1.0
@@ -193,10 +226,19 @@ class SFTConfig(StageConfig):
     batch_rows: PositiveInt = 32
     held_out: Fraction = 0.05
     """Share of the conversations kept for evaluation, chosen by content hash."""
+    turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns have loss; a message's own `weight` (0 or 1) goes before."""
+    packing: Literal["best-fit", "rsdb", "single"] = "best-fit"
+    """best-fit: whole conversations, longest first into the fullest row with room; rsdb: drawn at random from a buffer,
+    a conversation that reaches the end of a row goes on in a later one; single: one conversation a row."""
+    template_samples: NonNegativeInt = 32
+    """Held-out conversations whose next turn is sampled, to see whether the answers keep to the template."""
+    sample_tokens: PositiveInt = 256
+    """Most tokens of such an answer."""
 
 
 class RLConfig(StageConfig):
-    """Group-relative policy gradient on verifiable rewards: generated arithmetic."""
+    """Group-relative policy gradient on verifiable rewards: generated arithmetic unless code hands in tasks."""
 
     steps: PositiveInt = 100
     prompts_per_step: PositiveInt = 32
@@ -210,11 +252,38 @@ class RLConfig(StageConfig):
     clip_low: Fraction = 0.2
     clip_high: NonNegativeFloat = 0.28
     """Asymmetric clipping of the probability ratio to [1 - clip_low, 1 + clip_high]."""
+    max_weight: PositiveFloat = 2.0
+    """Truncation of the importance weights between sampler and trainer."""
+    advantage_scale: Literal["std", "none"] = "std"
+    """Divide a group's centred rewards by their standard deviation, or by nothing."""
+    normalise: Literal["token", "answer", "constant"] = "token"
+    """The loss is a mean over tokens, over answers of their means, or the sum over the most tokens possible."""
+    overlong_tokens: NonNegativeInt = 0
+    """Over the last so many tokens before max_new_tokens the reward falls by up to 1; 0: it does not."""
+    mask_cut: bool = False
+    """Leave answers that were cut off out of the loss; they still count in their group's mean."""
+    retries: NonNegativeInt = 0
+    """How often a question whose answers all earned the same is replaced by another one."""
+    max_turns: PositiveInt = 1
+    """Turns of the policy in an episode; more than one only for tasks that reply."""
+    replay: bool = True
+    """Train with the experts that the sampler chose (router replay)."""
+    gap_every: NonNegativeInt = 10
+    """Steps between comparisons of sampler and trainer, with replay and without; 0: never."""
+    ahead: bool = False
+    """Sample the next step's answers on a copy of the weights while this step trains: one step off-policy."""
+    sampler_batch: PositiveInt = 256
+    """Answers sampled together."""
     max_number: PositiveInt = 9
     """Largest operand of the generated arithmetic."""
 
 
+NeedleTask = Literal["multikey", "single", "multivalue", "multiquery", "tracking"]
+
+
 class EvalConfig(Frozen):
+    niah_tasks: Annotated[tuple[NeedleTask, ...], Field(min_length=1)] = ("multikey",)
+    """RULER's tasks to ask; the first one's score decides about `extend.stop_at`."""
     niah_lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (4096, 8192, 16384, 32768)
     niah_depths: PositiveInt = 5
     """Depths of the needle, evenly from the start to the end of the haystack."""
@@ -222,6 +291,9 @@ class EvalConfig(Frozen):
     """Needles in a haystack, of which one is asked for."""
     niah_samples: PositiveInt = 20
     """Questions per cell of length and depth."""
+    niah_reuse: bool = False
+    """One text for the questions of all depths of multikey and single: it is read once, however many depths there are.
+    It then has at least as many needles as depths."""
     arithmetic_questions: PositiveInt = 200
 
 
@@ -261,6 +333,7 @@ class RunConfig(Frozen):
     extend: ExtendConfig
     sft: SFTConfig
     rl: RLConfig
+    retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
     eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     parallel: ParallelConfig = ParallelConfig()

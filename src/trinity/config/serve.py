@@ -1,6 +1,6 @@
 """Settings of the server: where it listens and what a request may ask of it."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -25,6 +25,10 @@ class ServeConfig(Frozen):
     """Answers that may wait beyond those; more are refused with status 429."""
     max_cache_tokens: PositiveInt | None = None
     """Prompt and answer tokens of all answers under way; None: by the memory that is free."""
+    cache: Literal["auto", "fp8"] = "auto"
+    """Keys and values as the weights are stored, or in FP8 (e4m3): half the memory of bfloat16, less exact."""
+    fp8_weights: bool = False
+    """Multiply with weights quantised to FP8 blocks at the start; needs a GPU."""
     prefill_chunk: PositiveInt = 1024
     """Prompt tokens of one forward pass."""
     max_prompt_tokens: PositiveInt | None = None

@@ -12,6 +12,7 @@ import torch.cuda.nccl
 
 from trinity.base.package import package_fingerprint
 from trinity.doctor.finding import Finding
+from trinity.rl.sandbox.pool import examine as sandbox_layers
 
 GIB = 1 << 30
 _MIN_TORCH = (2, 11)
@@ -39,7 +40,23 @@ def versions() -> dict[str, str]:
 
 def examine_node() -> list[Finding]:
     """All checks that need no storage and no other process."""
-    return [*_versions(), *_gpus(), _memory(), _processors(), _open_files(), _locked_memory(), _shared_memory()]
+    return [
+        *_versions(),
+        *_gpus(),
+        _memory(),
+        _processors(),
+        _open_files(),
+        _locked_memory(),
+        _shared_memory(),
+        _sandbox(),
+    ]
+
+
+def _sandbox() -> Finding:
+    """Only code benchmarks and rewards by unit tests need one: a machine without it is fit for all other runs."""
+    missing = [layer for layer in sandbox_layers() if layer.problem]
+    needed = next((f"no: {layer.name} ({layer.problem})" for layer in missing if layer.needed), "")
+    return Finding("sandbox for code", needed or ", ".join(["yes", *(f"without {layer.name}" for layer in missing)]))
 
 
 def _versions() -> list[Finding]:

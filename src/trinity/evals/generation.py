@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from trinity.infer.engine import Engine
+from trinity.infer.prefix import answer_after, groups
 from trinity.infer.sampling import SamplingParams
 from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
@@ -10,17 +11,43 @@ from trinity.tokenizer import Tokenizer
 CACHE_TOKENS = 1 << 18
 """Tokens that the engine may hold at a time, unless one prompt needs more: bounds the memory of an evaluation."""
 
+PREFILL_CHUNK = 8192
+"""Prompt tokens of one forward pass on a GPU: no one waits for an answer meanwhile."""
+TOGETHER = 16
+"""Questions about one text that are answered together at most."""
+
 Complete = Callable[[Sequence[Sequence[int]], int], list[str]]
 """(prompts, most new tokens) -> texts, each cut at the end of a turn or document."""
 
 
 def greedy(model: Transformer, tokenizer: Tokenizer) -> Complete:
-    """The model's most probable continuations."""
+    """The model's most probable continuations. Of neighbouring prompts that begin alike, the beginning is read once."""
+    chunk = PREFILL_CHUNK if model.embed.weight.device.type == "cuda" else PREFILL_CHUNK // 8
+
+    def engine_for(longest: int, max_batch: int) -> Engine:
+        room = max(CACHE_TOKENS, longest)
+        return Engine(model, tokenizer, max_batch=max_batch, max_tokens=room, prefill_chunk=chunk)
 
     def complete(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         longest = max(map(len, prompts)) + max_new_tokens
-        engine = Engine(model, tokenizer, max_tokens=max(CACHE_TOKENS, longest))
-        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=tuple(tokenizer.stop_ids))
-        return [completion.text for completion in engine.generate(prompts, params)]
+        stop_ids = tuple(tokenizer.stop_ids)
+        most = max(2, min(TOGETHER, CACHE_TOKENS // longest - 1))
+        found = groups(prompts, most)
+        texts = [""] * len(prompts)
+        alone = [numbers[0] for numbers, common in found if not common]
+        if alone:
+            params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=stop_ids)
+            completions = engine_for(longest, 32).generate([prompts[number] for number in alone], params)
+            for number, completion in zip(alone, completions, strict=True):
+                texts[number] = completion.text
+        together = [(numbers, common) for numbers, common in found if common]
+        if together:
+            engine = engine_for(longest, 1 + most)
+            for numbers, common in together:
+                tails = [prompts[number][common:] for number in numbers]
+                answers = answer_after(engine, prompts[numbers[0]][:common], tails, max_new_tokens, stop_ids, chunk)
+                for number, answer in zip(numbers, answers, strict=True):
+                    texts[number] = tokenizer.decode(answer)
+        return texts
 
     return complete

@@ -1,27 +1,21 @@
-"""The material of needle-in-a-haystack texts: keys, values, wordings and noise, in two halves that share nothing.
+"""The material of needle-in-a-haystack texts: keys, values, wordings and haystacks of the evaluation.
 
-One half is for evaluation, the other for training documents. Which half a key, a value or a piece of haystack belongs
-to follows from the hash of its text, and the wordings are two separate lists, so no generator can mix them by accident.
+Tasks and wordings are RULER's (arXiv 2404.06654, appendix B). Every word of a key, every value and every document of a
+haystack is of the evaluation's half (`data/halves.py`); training documents (`data/retrieval.py`) are of the other one.
 """
 
-import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
+
+import numpy as np
 
 from trinity.base.errors import UserError
 from trinity.base.rng import Draws
+from trinity.data.halves import Half, half_of
 
-
-class Half(Enum):
-    EVALUATION = 0
-    TRAINING = 1
-
-
-def half_of(text: str) -> Half:
-    """The half that a key, a value or a haystack's document belongs to: one bit of its SHA-256."""
-    return Half(hashlib.sha256(text.encode()).digest()[0] & 1)
+Encode = Callable[[Sequence[str]], list[np.ndarray]]
+"""Texts -> ids of each (`Tokenizer.encode_batch`)."""
 
 
 @dataclass(frozen=True)
@@ -36,48 +30,32 @@ class Wording:
     ask: str
 
 
-# The evaluation is put as RULER puts it (arXiv 2404.06654, task niah_multikey_1), one number asked for.
-EVALUATION_WORDINGS = (
-    Wording(
-        intro="Some special magic numbers are hidden within the following text. Make sure to memorize them. "
-        "I will quiz you about the numbers afterwards.\n",
-        needle="One of the special magic numbers for {key} is: {value}.",
-        ask="\nWhat is the special magic number for {key} mentioned in the provided text? "
-        "The special magic number for {key} mentioned in the provided text is:",
-    ),
+_INTRO = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
+    "I will quiz you about the numbers afterwards.\n"
 )
-TRAINING_WORDINGS = (
-    Wording(
-        intro="Notes with access codes. Keep them in mind.\n",
-        needle="The access code of {key} is {value}.",
-        ask="\nWhich access code was given for {key}? The access code of {key} is",
-    ),
-    Wording(
-        intro="Read the report; it names the load of several wagons.\n",
-        needle="Wagon {key} carries {value} grains.",
-        ask="\nQuestion: how many grains does wagon {key} carry? Answer: wagon {key} carries",
-    ),
-    Wording(
-        intro="",
-        needle="Remember this: the number for {key} is: {value}.",
-        ask="\nRecall the number from the text above. The number for {key} is:",
-    ),
-    Wording(
-        intro="Ledger entries stand between the lines.\n",
-        needle="Entry {key}: {value}.",
-        ask="\nLook up the entry. Entry {key}:",
-    ),
-    Wording(
-        intro="Somewhere below, serial numbers of instruments are listed.\n",
-        needle="Serial number of the {key} in the store: {value}.",
-        ask="\nSerial number of the {key}, as listed above:",
-    ),
-    Wording(
-        intro="The text mentions some phone numbers.\n",
-        needle="You can reach {key} under {value}.",
-        ask="\nUnder which number can you reach {key}? You can reach {key} under",
-    ),
+_NEEDLE = "One of the special magic numbers for {key} is: {value}."
+ONE = Wording(
+    _INTRO,
+    _NEEDLE,
+    "\nWhat is the special magic number for {key} mentioned in the provided text? "
+    "The special magic number for {key} mentioned in the provided text is:",
 )
+"""One number asked for (niah_single, niah_multikey)."""
+SEVERAL = Wording(
+    _INTRO,
+    _NEEDLE,
+    "\nWhat are all the special magic numbers for {key} mentioned in the provided text? "
+    "The special magic numbers for {key} mentioned in the provided text are:",
+)
+"""Several numbers asked for, of one key (niah_multivalue) or of several (niah_multiquery)."""
+TRACKING = Wording(
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n",
+    "VAR {key} = {value}",
+    "\nQuestion: Find all variables that are assigned the value {key} in the text above. Answer: According to the "
+    "chain(s) of variable assignment in the text above, {count} variables are assigned the value {key}, they are:",
+)
+"""Variable tracking: names that stand for one value, directly or through others."""
 
 _ADJECTIVES = """
     able amber ancient bitter blue bold brave brief bright brisk broad calm clean clever cold coral crisp curly dark
@@ -126,14 +104,32 @@ _PLACES = (
 )
 
 
+_OF_HALF = {
+    (half, name): [word for word in words if half_of(word) is half]
+    for half in Half
+    for name, words in (("adjectives", _ADJECTIVES), ("nouns", _NOUNS))
+}
+
+
 def draw_keys(draws: Draws, num_keys: int, half: Half) -> list[str]:
-    """Different keys (adjective-noun) of one half."""
+    """Different keys (adjective-noun), both words of one half."""
     keys: list[str] = []
+    adjectives, nouns = (_OF_HALF[half, words] for words in ("adjectives", "nouns"))
     while len(keys) < num_keys:
-        key = f"{_pick(draws, _ADJECTIVES)}-{_pick(draws, _NOUNS)}"
-        if half_of(key) is half and key not in keys:
+        key = f"{_pick(draws, adjectives)}-{_pick(draws, nouns)}"
+        if key not in keys:
             keys.append(key)
     return keys
+
+
+def draw_names(draws: Draws, num_names: int, half: Half) -> list[str]:
+    """Different names of variables, five capital letters, of one half."""
+    names: list[str] = []
+    while len(names) < num_names:
+        name = "".join(chr(ord("A") + draws.below(26)) for _ in range(5))
+        if half_of(name) is half and name not in names:
+            names.append(name)
+    return names
 
 
 def draw_values(draws: Draws, num_values: int, half: Half, digits: int) -> list[str]:
@@ -155,6 +151,7 @@ class Haystack:
 
     def __init__(self, half: Half, documents: Sequence[str] | None = None):
         self.half = half
+        self._encoded: dict[int, list[list[int]]] = {}
         self._documents: list[str] | None = None
         if documents is not None:
             self._documents = [text for text in documents if half_of(text) is half and text.strip()]
@@ -173,6 +170,19 @@ class Haystack:
     @property
     def kind(self) -> str:
         return "noise" if self._documents is None else "documents"
+
+    def pieces(self, draws: Draws, encode: Encode) -> Iterator[list[int]]:
+        """`sentences`, each with a space before it, as tokens; a document is encoded once for each `Haystack`."""
+        if self._documents is None:
+            for sentence in self.sentences(draws):
+                yield encode([f" {sentence}"])[0].tolist()
+        else:
+            while True:
+                number = draws.below(len(self._documents))
+                if number not in self._encoded:
+                    texts = [f" {sentence}" for sentence in split_sentences(self._documents[number])]
+                    self._encoded[number] = [ids.tolist() for ids in encode(texts)]
+                yield from self._encoded[number]
 
     def sentences(self, draws: Draws) -> Iterator[str]:
         while True:

@@ -1,13 +1,16 @@
-"""Multi-key needle in a haystack (MK-NIAH), as RULER defines it (arXiv 2404.06654): several `key -> number` needles in
-a long text, one of them asked for. A grid of lengths (whole prompt and answer, in tokens) and depths (where the needle
-that is asked for stands: 0 at the start, 1 at the end).
+"""Needles in a haystack as RULER defines them (arXiv 2404.06654): sentences with numbers stand in a long text, and some
+of the numbers are asked for. A grid of lengths (whole prompt and answer, in tokens) and depths (where the needle that
+is asked for stands: 0 at the start, 1 at the end) for each task:
 
-`retrieval_document` makes training documents of the same kind from the other half of the material (`needles.py`).
+- multikey (MK-NIAH): several keys, one asked for. single: one key only.
+- multivalue: one key with several numbers. multiquery: several keys, all asked for.
+- tracking: names that stand for a value through each other.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,27 +20,49 @@ from trinity.base.rng import Draws, derive
 from trinity.config import EvalConfig
 from trinity.evals.generation import Complete
 from trinity.evals.needles import (
-    EVALUATION_WORDINGS,
-    TRAINING_WORDINGS,
+    ONE,
+    SEVERAL,
+    TRACKING,
     Half,
     Haystack,
     Wording,
     draw_keys,
+    draw_names,
     draw_values,
 )
 from trinity.tokenizer import Tokenizer
 
 DIGITS = 7  # of a value, as in RULER
+TRACKED_DIGITS = 5
+SEVERAL_VALUES = 4  # of a multivalue or multiquery question
+HOPS = 4  # of a chain of variables
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt of the grid. `tokens` ends where the answer is due; `answer` is the number's digits."""
+    """One prompt of the grid. `tokens` ends where the answer is due; `answers` are all that it must hold."""
 
     tokens: list[int]
-    answer: str
+    answers: tuple[str, ...]
     length: int
     depth: float
+    task: str = "multikey"
+
+    @property
+    def answer(self) -> str:
+        return ", ".join(self.answers)
+
+
+@dataclass(frozen=True)
+class _Riddle:
+    """What is hidden and asked for: needles, of which the first `placed` stand at given depths, and `ask`s of which
+    number i is about needle i."""
+
+    wording: Wording
+    needles: list[str]
+    asks: list[str]
+    answers: list[tuple[str, ...]]
+    in_order: bool = False
 
 
 def grid(num_depths: int) -> list[float]:
@@ -50,90 +75,94 @@ def questions(
 ) -> list[Question]:
     """The questions of every cell; the same seed gives the same ones, whatever the other lengths and depths are.
 
-    A prompt and its answer together have at most `length` tokens, short of it by less than one sentence. Raises
-    UserError when a length has no room for the needles.
+    A prompt and its answer together have at most `length` tokens, short of it by less than one sentence. With
+    `niah_reuse` the questions of all depths have one text. Raises UserError when a length has no room for the needles.
     """
     haystack = haystack or Haystack(Half.EVALUATION)
     assert haystack.half is Half.EVALUATION
+    depths = grid(settings.niah_depths)
     found = []
-    for length in settings.niah_lengths:
-        for depth in grid(settings.niah_depths):
-            for sample in range(settings.niah_samples):
-                draws = Draws(derive(seed, "niah", length, round(depth * 10**6), sample))
-                wording = EVALUATION_WORDINGS[draws.below(len(EVALUATION_WORDINGS))]
-                keys = draw_keys(draws, settings.niah_keys, Half.EVALUATION)
-                values = draw_values(draws, settings.niah_keys, Half.EVALUATION, DIGITS)
-                tail = tokenizer.encode(wording.ask.format(key=keys[0]))
-                reserve = len(tail) + len(tokenizer.encode(f" {values[0]}"))
-                text = _haystack_with_needles(
-                    tokenizer, draws, wording, keys, values, depth, length - reserve, haystack
-                )
-                found.append(Question(text + tail, values[0], length, depth))
+    for task in settings.niah_tasks:
+        together = settings.niah_reuse and task in ("multikey", "single")
+        for length in settings.niah_lengths:
+            for some in [depths] if together else [[depth] for depth in depths]:
+                for sample in range(settings.niah_samples):
+                    path: list[int | str] = [length, round(some[0] * 10**6), sample]
+                    if task != "multikey":
+                        path = [task, *path]
+                    if together:
+                        path = ["together", len(depths), *path]
+                    draws = Draws(derive(seed, "niah", *path))
+                    riddle = _riddle(task, draws, settings.niah_keys, len(some))
+                    found += _ask(tokenizer, draws, riddle, some, length, haystack, task)
     return found
 
 
-def retrieval_document(
-    tokenizer: Tokenizer, length: int, num_keys: int, seed: int, index: int, haystack: Haystack | None = None
-) -> np.ndarray:
-    """Training document number `index`: needles in a haystack, then every key asked for and answered; ends with eos.
+def _riddle(task: str, draws: Draws, num_keys: int, asked: int) -> _Riddle:
+    half = Half.EVALUATION
+    if task in ("multikey", "single"):
+        count = max(asked, num_keys if task == "multikey" else 1)
+        keys, values = draw_keys(draws, count, half), draw_values(draws, count, half, DIGITS)
+        needles = [ONE.needle.format(key=k, value=v) for k, v in zip(keys, values, strict=True)]
+        asks = [ONE.ask.format(key=key) for key in keys[:asked]]
+        return _Riddle(ONE, needles, asks, [(value,) for value in values[:asked]])
+    if task == "tracking":
+        names = draw_names(draws, HOPS + 1, half)
+        value = draw_values(draws, 1, half, TRACKED_DIGITS)[0]
+        needles = [TRACKING.needle.format(key=names[0], value=value)]
+        needles += [TRACKING.needle.format(key=new, value=f"VAR {old}") for old, new in pairwise(names)]
+        ask = TRACKING.ask.format(key=value, count=len(names))
+        return _Riddle(TRACKING, needles, [ask], [tuple(names)], in_order=True)
+    several = draw_values(draws, SEVERAL_VALUES, half, DIGITS)
+    if task == "multivalue":
+        keys = draw_keys(draws, 1, half) * SEVERAL_VALUES
+        ask = SEVERAL.ask.format(key=keys[0])
+    else:
+        keys = draw_keys(draws, SEVERAL_VALUES, half)
+        ask = SEVERAL.ask.format(key=f"{', '.join(keys[:-1])}, and {keys[-1]}")
+    needles = [SEVERAL.needle.format(key=k, value=v) for k, v in zip(keys, several, strict=True)]
+    return _Riddle(SEVERAL, needles, [ask], [tuple(several)])
 
-    At most `length` tokens, int64. Keys, values, wordings and haystack are of the training half. Any index can be made
-    without the ones before it.
-    """
-    haystack = haystack or Haystack(Half.TRAINING)
-    assert haystack.half is Half.TRAINING
-    draws = Draws(derive(seed, "retrieval", index))
-    wording = TRAINING_WORDINGS[draws.below(len(TRAINING_WORDINGS))]
-    keys = draw_keys(draws, num_keys, Half.TRAINING)
-    values = draw_values(draws, num_keys, Half.TRAINING, DIGITS)
-    tail: list[int] = []
-    for i in range(num_keys):
-        tail += tokenizer.encode(f"{wording.ask.format(key=keys[i])} {values[i]}.")
-    tail.append(tokenizer.eos_id)
-    depth = draws.below(1001) / 1000
-    body = _haystack_with_needles(tokenizer, draws, wording, keys, values, depth, length - len(tail), haystack)
-    return np.asarray(body + tail, dtype=np.int64)
 
-
-def document_size(tokenizer: Tokenizer, num_keys: int) -> int:
-    """Tokens that a retrieval document needs beside its haystack, at most (by a sample of keys, and a quarter on
-    top)."""
-    draws = Draws(derive(0, "size"))
-    sizes = []
-    for wording in TRAINING_WORDINGS:
-        pairs = zip(draw_keys(draws, 16, Half.TRAINING), draw_values(draws, 16, Half.TRAINING, DIGITS), strict=True)
-        texts = [f" {wording.needle.format(key=k, value=v)}{wording.ask.format(key=k)} {v}." for k, v in pairs]
-        longest = max(len(ids) for ids in map(tokenizer.encode, texts))
-        sizes.append(len(tokenizer.encode(wording.intro)) + num_keys * longest + 1)
-    return max(sizes) * 5 // 4
+def _ask(
+    tokenizer: Tokenizer,
+    draws: Draws,
+    riddle: _Riddle,
+    depths: Sequence[float],
+    length: int,
+    haystack: Haystack,
+    task: str,
+) -> list[Question]:
+    tails = [tokenizer.encode(ask) for ask in riddle.asks]
+    reserve = max(
+        len(tail) + len(tokenizer.encode(f" {', '.join(answers)}"))
+        for tail, answers in zip(tails, riddle.answers, strict=True)
+    )
+    text = _haystack_with_needles(tokenizer, draws, riddle, depths, length - reserve, haystack)
+    return [
+        Question(text + tail, answers, length, depth, task)
+        for tail, answers, depth in zip(tails, riddle.answers, depths, strict=True)
+    ]
 
 
 def _haystack_with_needles(
-    tokenizer: Tokenizer,
-    draws: Draws,
-    wording: Wording,
-    keys: Sequence[str],
-    values: Sequence[str],
-    depth: float,
-    budget: int,
-    haystack: Haystack,
+    tokenizer: Tokenizer, draws: Draws, riddle: _Riddle, depths: Sequence[float], budget: int, haystack: Haystack
 ) -> list[int]:
-    """At most `budget` tokens: the intro, and sentences between which the needles stand, the first one at `depth`.
+    """At most `budget` tokens: the intro, and sentences between which the needles stand, the first ones at `depths`.
 
     Sentences are encoded on their own and joined as token lists, so lengths add up exactly.
     """
-    intro = tokenizer.encode(wording.intro)
-    needles = [tokenizer.encode(" " + wording.needle.format(key=k, value=v)) for k, v in zip(keys, values, strict=True)]
+    intro = tokenizer.encode(riddle.wording.intro)
+    needles = [ids.tolist() for ids in tokenizer.encode_batch([f" {needle}" for needle in riddle.needles])]
     room = budget - len(intro) - sum(map(len, needles))
     if room < 0:
         raise UserError(
-            f"a haystack with {len(keys)} needles needs {-room} tokens more than its length allows; "
-            "use longer rows (eval.niah_lengths, extend.seq_len) or fewer needles (eval.niah_keys)"
+            f"a haystack with {len(needles)} needles needs {-room} tokens more than its length allows; "
+            "use longer rows (eval.niah_lengths) or fewer needles (eval.niah_keys)"
         )
     pieces: list[list[int]] = []
     used = 0
-    for sentence in haystack.sentences(draws):
-        piece = tokenizer.encode(" " + sentence)
+    for piece in haystack.pieces(draws, tokenizer.encode_batch):
         if used + len(piece) > room:
             # A sentence of a real document may be longer than a short haystack: its start is taken.
             if not pieces and room:
@@ -142,8 +171,10 @@ def _haystack_with_needles(
         pieces.append(piece)
         used += len(piece)
     ends = np.concatenate([[0], np.cumsum([len(p) for p in pieces])]) if pieces else np.zeros(1, dtype=np.int64)
-    asked = int(np.abs(ends - depth * ends[-1]).argmin())
-    slots = [asked, *(draws.below(len(ends)) for _ in needles[1:])]
+    slots = [int(np.abs(ends - depth * ends[-1]).argmin()) for depth in depths]
+    first = slots[0] if riddle.in_order else 0
+    others = [first + draws.below(len(ends) - first) for _ in needles[len(slots) :]]
+    slots += sorted(others) if riddle.in_order else others
     tokens = list(intro)
     for i in range(len(ends)):
         for needle, slot in zip(needles, slots, strict=True):
@@ -160,28 +191,42 @@ def is_correct(completion: str, answer: str) -> bool:
     return number is not None and number.group() == answer
 
 
+def score(completion: str, question: Question) -> float:
+    """1 or 0 for a question with one answer: its first number is it; else the share of the answers that it holds, as
+    RULER counts."""
+    if len(question.answers) == 1:
+        return float(is_correct(completion, question.answers[0]))
+    words = set(re.findall(r"\w+", completion))
+    return sum(answer in words for answer in question.answers) / len(question.answers)
+
+
 def score_record(asked: Sequence[Question], completions: Sequence[str]) -> dict[str, Any]:
-    """`{score, standard_error, samples, grid: [{length, depth, score, samples}]}`; score is the share answered
-    exactly."""
-    right = [is_correct(text, q.answer) for q, text in zip(asked, completions, strict=True)]
-    cells: dict[tuple[int, float], list[bool]] = {}
-    for question, ok in zip(asked, right, strict=True):
-        cells.setdefault((question.length, question.depth), []).append(ok)
-    score = sum(right) / len(right)
+    """`{score, standard_error, samples, grid: [{task, length, depth, score, samples}], tasks: {name: score}}`."""
+    scores = [score(text, q) for q, text in zip(asked, completions, strict=True)]
+    cells: dict[tuple[str, int, float], list[float]] = {}
+    tasks: dict[str, list[float]] = {}
+    for question, value in zip(asked, scores, strict=True):
+        cells.setdefault((question.task, question.length, question.depth), []).append(value)
+        tasks.setdefault(question.task, []).append(value)
+    order = list(tasks)
     return {
-        "score": score,
-        "standard_error": (score * (1 - score) / len(right)) ** 0.5,
-        "samples": len(right),
+        "score": float(np.mean(scores)),
+        "standard_error": float(np.std(scores) / len(scores) ** 0.5),
+        "samples": len(scores),
+        "tasks": {name: float(np.mean(values)) for name, values in tasks.items()},
         "grid": [
-            {"length": length, "depth": depth, "score": sum(oks) / len(oks), "samples": len(oks)}
-            for (length, depth), oks in sorted(cells.items())
+            {"task": task, "length": length, "depth": depth, "score": sum(values) / len(values), "samples": len(values)}
+            for (task, length, depth), values in sorted(
+                cells.items(), key=lambda item: (order.index(item[0][0]), *item[0][1:])
+            )
         ],
     }
 
 
 def score_at(record: dict[str, Any], length: int) -> float:
-    """Mean score of a record's cells of one length."""
-    scores = [cell["score"] for cell in record["grid"] if cell["length"] == length]
+    """Mean score of the cells of one length, of the first task."""
+    first = record["grid"][0]["task"]
+    scores = [cell["score"] for cell in record["grid"] if cell["length"] == length and cell["task"] == first]
     return sum(scores) / len(scores)
 
 

@@ -1,20 +1,23 @@
 """A public model directory -> one GGUF file of llama.cpp's architecture `afmoe`, written with the `gguf` package.
 
 llama.cpp multiplies embeddings by sqrt(dim) always and makes every fourth layer global; other models are refused. Its
-RoPE turns half-split pairs as ours does, so no rows are exchanged. One tensor is in memory at a time.
+RoPE turns half-split pairs as ours does, so no rows are exchanged.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from trinity.base.errors import UsageError, UserError
-from trinity.base.files import read_json
+from trinity.base.files import FULL, read_json
 from trinity.config import ModelConfig
 from trinity.export.files import TensorFiles
+from trinity.export.gguf_parity import compare_gguf
 from trinity.export.keys import Piece, pieces
+from trinity.export.oracle import Rounding
+from trinity.export.parity import ParityReport
 from trinity.export.reading import check_files, read_config, read_piece
 from trinity.tokenizer import Tokenizer
 
@@ -42,44 +45,108 @@ _LAYER = {
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def export_gguf(source: Path | str, out: Path | str, *, dtype: str = "bf16", force: bool = False) -> None:
-    """Write the model directory `source` as the file `out`; `dtype` is fp32, bf16 or fp16 (vectors are float32 always).
+def export_gguf(source: Path | str, out: Path | str, *, dtype: str = "bf16", force: bool = False) -> ParityReport:
+    """Write the model directory `source` as the file `out`; `dtype` is fp32, bf16 or fp16 (vectors and routers are
+    float32 always).
 
-    Raises UserError for a model that llama.cpp computes differently, without the `gguf` package, or when `out` exists.
+    The file appears only when what was read back from it agrees with `source` (`gguf_parity`). Raises UserError for a
+    model that llama.cpp computes differently, without the `gguf` package, or when `out` exists; ParityError when the
+    file does not hold the model.
     """
+    gguf = import_gguf()
+    source, out = Path(source), Path(out)
+    check_type(dtype)
+    check_file(out, force=force)
+    config = read_config(source)
+    check_gguf(config)
+    tokenizer = Tokenizer.load(source) if (source / "tokenizer.json").exists() else None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        with TensorFiles(source, read_json(source / "config.json").get("quantization_config")) as files:
+            check_files(files, config)
+            _write(gguf, partial, files, config, tokenizer, source, dtype, out.stem)
+        report = compare_gguf(partial, source, config, tokenizer, stored(dtype))
+        partial.replace(out)
+    except OSError as error:
+        if error.errno in FULL:
+            raise UserError(f"the disk is full: {out} was not written") from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+    return report
+
+
+def import_gguf() -> Any:
+    """The `gguf` package. Raises UserError when it is not installed."""
     try:
         import gguf  # type: ignore[import-not-found]  # optional
     except ImportError:
         raise UserError("GGUF needs the gguf package: pip install 'trinity-moe[gguf]'") from None
-    source, out = Path(source), Path(out)
+    return gguf
+
+
+def check_type(dtype: str) -> None:
+    """Raises UsageError for a type that is not written as GGUF."""
     if dtype not in TYPES:
         raise UsageError(f"--dtype {dtype} cannot be stored as GGUF here; use {', '.join(TYPES)}")
+
+
+def check_file(out: Path, *, force: bool) -> None:
+    """Raises UserError when something is there that is not to be replaced."""
+    if out.is_dir():
+        raise UserError(f"{out} is a directory; a GGUF export is one file, such as {out / 'model.gguf'}")
     if out.exists() and not force:
         raise UserError(f"{out} exists already; choose another file or pass --force to replace it")
-    config = read_config(source)
-    check_gguf(config)
-    tokenizer = Tokenizer.load(source) if (source / "tokenizer.json").exists() else None
-    partial = out.with_name(f".{out.name}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def stored(dtype: str) -> Rounding:
+    """What comes back for a tensor of a public name."""
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+
+    def rounded(public: str, value: torch.Tensor) -> torch.Tensor:
+        return value.float() if is_exact(public, value.ndim) else value.to(kind).float()
+
+    return rounded
+
+
+def is_exact(public: str, ndim: int) -> bool:
+    """Whether a tensor is float32 in every file: llama.cpp wants vectors and routers so."""
+    return ndim == 1 or public.endswith("router.gate.weight")
+
+
+def _write(
+    gguf: Any,
+    path: Path,
+    files: TensorFiles,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    source: Path,
+    dtype: str,
+    name: str,
+) -> None:
+    """Settings, then what will come, then the tensors one at a time: no more than a layer's experts are in memory."""
+    writer = gguf.GGUFWriter(path, "afmoe")
     try:
-        with TensorFiles(source, read_json(source / "config.json").get("quantization_config")) as files:
-            check_files(files, config)
-            writer = gguf.GGUFWriter(partial, "afmoe", use_temp_file=True)
-            _settings(gguf, writer, config, out.stem)
-            _vocabulary(gguf, writer, config, source, tokenizer)
-            kinds = gguf.GGMLQuantizationType
-            kind = {"fp32": kinds.F32, "bf16": kinds.BF16, "fp16": kinds.F16}[dtype]
-            for name, tensor in _tensors(files, config):
-                stored = kinds.F32 if tensor.ndim == 1 or "ffn_gate_inp" in name else kind
-                data = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
-                writer.add_tensor(name, data, raw_dtype=stored)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-        partial.replace(out)
+        _settings(gguf, writer, config, name)
+        _vocabulary(gguf, writer, config, source, tokenizer)
+        kinds = gguf.GGMLQuantizationType
+        wanted = {"fp32": kinds.F32, "bf16": kinds.BF16, "fp16": kinds.F16}[dtype]
+        plan = _plan(config)
+        for target, parts in plan.items():
+            kind = kinds.F32 if is_exact(parts[0].public, len(parts[0].shape)) else wanted
+            shape = (*([len(parts)] if parts[0].expert is not None else []), *parts[0].shape)
+            size = torch.Size(shape).numel() * (4 if kind == kinds.F32 else 2)
+            writer.add_tensor_info(target, shape, np.dtype(np.float32), size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for parts in plan.values():
+            kind = kinds.F32 if is_exact(parts[0].public, len(parts[0].shape)) else wanted
+            values = [gguf.quants.quantize(read_piece(files, p).float().contiguous().numpy(), kind) for p in parts]
+            writer.write_tensor_data(values[0] if parts[0].expert is None else np.stack(values))
     finally:
-        partial.unlink(missing_ok=True)
+        writer.close()
 
 
 def check_gguf(config: ModelConfig) -> None:
@@ -142,19 +209,18 @@ def _vocabulary(gguf: Any, writer: Any, config: ModelConfig, source: Path, token
     writer.add_add_bos_token(False)
 
 
-def _tensors(files: TensorFiles, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """(llama.cpp's name, value), the experts of a layer stacked."""
-    stacks: dict[str, list[Piece]] = {}
+def _plan(config: ModelConfig) -> dict[str, list[Piece]]:
+    """What each of llama.cpp's tensors is made of: one public tensor, or those of all experts of a layer."""
+    plan: dict[str, list[Piece]] = {}
     for piece in pieces(config):
         if piece.expert is None:
-            yield _name(piece.public), read_piece(files, piece)
+            plan[_name(piece.public)] = [piece]
             continue
         above, _, rest = piece.public.partition(".experts.")
         part = rest.split(".")[1].removesuffix("_proj")
         layer = above.split(".")[2]
-        stacks.setdefault(f"blk.{layer}.ffn_{part}_exps.weight", []).append(piece)
-    for name, parts in stacks.items():
-        yield name, torch.stack([read_piece(files, piece) for piece in parts])
+        plan.setdefault(f"blk.{layer}.ffn_{part}_exps.weight", []).append(piece)
+    return plan
 
 
 def _name(public: str) -> str:

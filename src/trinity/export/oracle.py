@@ -6,9 +6,9 @@ writer and reader have in common is seen too.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import silu
@@ -28,7 +28,17 @@ class OracleOutput(NamedTuple):
     """How far the worst expert that was used lies, in biased score, below the worst that the files choose."""
 
 
-@torch.no_grad()
+class Tensors(Protocol):
+    """Where the oracle reads: tensors by public name, as they are stored."""
+
+    @property
+    def names(self) -> Container[str]: ...
+
+    def holds(self, name: str) -> bool: ...
+
+    def raw(self, name: str) -> torch.Tensor: ...
+
+
 def oracle_forward(
     directory: Path,
     tokens_BT: torch.Tensor,
@@ -45,32 +55,46 @@ def oracle_forward(
     an FP8 matrix to FP8 in groups of a block's width, as engines with dynamic activations do.
     """
     raw = read_json(directory / "config.json")
+    with TensorFiles(directory, raw.get("quantization_config")) as files:
+        return oracle_pass(files, raw, tokens_BT, replay_LNk, rounding=rounding, quantize_inputs=quantize_inputs)
+
+
+@torch.no_grad()
+def oracle_pass(
+    files: Tensors,
+    raw: Mapping[str, Any],
+    tokens_BT: torch.Tensor,
+    replay_LNk: torch.Tensor | None = None,
+    *,
+    rounding: Rounding | None = None,
+    quantize_inputs: bool = False,
+) -> OracleOutput:
+    """As `oracle_forward`, for tensors from anywhere and `raw`, the content of config.json."""
     eps = raw["rms_norm_eps"]
     indices, regrets = [], []
-    with TensorFiles(directory, raw.get("quantization_config")) as files:
-        get = _Weights(files, raw, rounding, quantize_inputs)
-        x_BTD = get("model.embed_tokens.weight")[tokens_BT]
-        if raw["mup_enabled"]:
-            x_BTD = x_BTD * math.sqrt(raw["hidden_size"])
-        for i, kind in enumerate(raw["layer_types"]):
-            layer = get.below(f"model.layers.{i}.")
-            attention = _attention(
-                layer.below("self_attn."),
-                _rms(x_BTD, layer("input_layernorm.weight"), eps),
-                raw,
-                local=kind == "sliding_attention",
-            )
-            x_BTD = x_BTD + _rms(attention, layer("post_attention_layernorm.weight"), eps)
-            h_BTD = _rms(x_BTD, layer("pre_mlp_layernorm.weight"), eps)
-            if i < raw["num_dense_layers"]:
-                mixed = _swiglu(layer.below("mlp."), h_BTD)
-            else:
-                replay_Nk = None if replay_LNk is None else replay_LNk[len(indices)]
-                mixed, index_Nk, regret_N = _moe(layer.below("mlp."), h_BTD, raw, replay_Nk)
-                indices.append(index_Nk)
-                regrets.append(regret_N)
-            x_BTD = x_BTD + _rms(mixed, layer("post_mlp_layernorm.weight"), eps)
-        logits_BTV = get.product(_rms(x_BTD, get("model.norm.weight"), eps), "lm_head.weight")
+    get = _Weights(files, raw, rounding, quantize_inputs)
+    x_BTD = get("model.embed_tokens.weight")[tokens_BT]
+    if raw["mup_enabled"]:
+        x_BTD = x_BTD * math.sqrt(raw["hidden_size"])
+    for i, kind in enumerate(raw["layer_types"]):
+        layer = get.below(f"model.layers.{i}.")
+        attention = _attention(
+            layer.below("self_attn."),
+            _rms(x_BTD, layer("input_layernorm.weight"), eps),
+            raw,
+            local=kind == "sliding_attention",
+        )
+        x_BTD = x_BTD + _rms(attention, layer("post_attention_layernorm.weight"), eps)
+        h_BTD = _rms(x_BTD, layer("pre_mlp_layernorm.weight"), eps)
+        if i < raw["num_dense_layers"]:
+            mixed = _swiglu(layer.below("mlp."), h_BTD)
+        else:
+            replay_Nk = None if replay_LNk is None else replay_LNk[len(indices)]
+            mixed, index_Nk, regret_N = _moe(layer.below("mlp."), h_BTD, raw, replay_Nk)
+            indices.append(index_Nk)
+            regrets.append(regret_N)
+        x_BTD = x_BTD + _rms(mixed, layer("post_mlp_layernorm.weight"), eps)
+    logits_BTV = get.product(_rms(x_BTD, get("model.norm.weight"), eps), "lm_head.weight")
     num_tokens = tokens_BT.numel()
     return OracleOutput(
         logits_BTV,
@@ -83,7 +107,7 @@ class _Weights:
     """The tensors below a prefix, in float32."""
 
     def __init__(
-        self, files: TensorFiles, raw: Mapping[str, Any], rounding: Rounding | None, quantize: bool, prefix: str = ""
+        self, files: Tensors, raw: Mapping[str, Any], rounding: Rounding | None, quantize: bool, prefix: str = ""
     ) -> None:
         self.files, self.raw, self.rounding, self.quantize, self.prefix = files, raw, rounding, quantize, prefix
 

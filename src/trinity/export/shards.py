@@ -1,7 +1,8 @@
 """A training checkpoint -> a public model directory, tensor by tensor: no model is built and nothing is gathered."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,12 +13,13 @@ from trinity.export.afmoe import public_config, write_beside, write_card
 from trinity.export.balance_state import momentum_names, write_momenta
 from trinity.export.files import TensorFiles
 from trinity.export.folder import check_replaceable, folder_aside
-from trinity.export.formats import find_format
+from trinity.export.formats import FORMATS, Format, find_format
 from trinity.export.keys import Piece, our_shapes, pieces
-from trinity.export.oracle import oracle_forward
-from trinity.export.parity import ParityError, ParityReport, prompts
+from trinity.export.oracle import oracle_forward, oracle_pass
+from trinity.export.parity import ParityError, ParityReport, compare_logits, prompts
+from trinity.export.quality import compare_quality
 from trinity.export.reading import read_piece
-from trinity.export.writing import write_weights
+from trinity.export.writing import Read, write_weights
 from trinity.parallel.saved import SavedTensors
 from trinity.parallel.slices import Slice
 from trinity.tokenizer import Tokenizer
@@ -39,9 +41,10 @@ def export_shards(
 ) -> ParityReport:
     """Write the weights of a checkpoint, whole or in parts, as `out_dir`, for models that no host can hold.
 
-    Every tensor is read back and compared; an independent forward pass with one tensor in memory must give finite
-    logits. The logits of the trained model itself are not compared: `export_afmoe` does that where it fits. Raises
-    UserError when the checkpoint is of another shape than `config`, ParityError when a tensor comes back otherwise.
+    Every tensor is read back and compared, and an independent forward pass with one tensor in memory must give finite
+    logits, the same from the checkpoint and from what was written. The trained model itself does not run:
+    `export_afmoe` compares with it where it fits. Raises UserError when the checkpoint is of another shape than
+    `config`, ParityError when the directory is not what the checkpoint is.
     """
     out_dir, chosen = Path(out_dir), find_format(dtype)
     shapes = our_shapes(config)
@@ -67,10 +70,50 @@ def export_shards(
             for piece in pieces(config):
                 if not torch.equal(read_piece(written, piece).float(), chosen.rounded(piece.public, read(piece))):
                     raise ParityError(f"{folder}: {piece.public} comes back with other values than in the checkpoint")
-        rows_BT = prompts(config, tokenizer)
-        if not bool(oracle_forward(folder, rows_BT).logits_BTV.isfinite().all()):
-            raise ParityError(f"{folder}: the logits are not finite")
-        skipped = {"logits": "the trained model was too large to run beside the export; every tensor was compared"}
-        report = ParityReport(rows_BT.numel(), {}, skipped, None)
+        report = _compare(_Checkpoint(read, config), public, folder, chosen, config, tokenizer)
         write_card(folder, out_dir.name, config, public, report, tokenizer, origin)
     return report
+
+
+class _Checkpoint:
+    """The checkpoint's tensors by public name, one in memory at a time; `oracle.Tensors`."""
+
+    def __init__(self, read: Read, config: ModelConfig) -> None:
+        self._read = read
+        self._pieces = {piece.public: piece for piece in pieces(config)}
+
+    @property
+    def names(self) -> Container[str]:
+        return self._pieces
+
+    def holds(self, name: str) -> bool:
+        return name in self._pieces
+
+    def raw(self, name: str) -> torch.Tensor:
+        return self._read(self._pieces[name])
+
+
+def _compare(
+    checkpoint: _Checkpoint,
+    public: Mapping[str, Any],
+    folder: Path,
+    chosen: Format,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+) -> ParityReport:
+    """Raises ParityError when the checkpoint and the directory do not give the same logits and experts."""
+    rows_BT = prompts(config, tokenizer)
+    expected = oracle_pass(checkpoint, public, rows_BT, rounding=chosen.rounded)
+    if not bool(expected.logits_BTV.isfinite().all()):
+        raise ParityError(f"{folder}: the logits are not finite")
+    found = oracle_forward(folder, rows_BT, expected.indices_LNk)
+    if found.regret_LN.numel() and found.regret_LN.max() > 0:
+        raise ParityError(f"{folder}: tokens go to other experts than in the checkpoint")
+    name = "independent forward pass"
+    error = compare_logits(name, expected.logits_BTV, found.logits_BTV, folder)
+    quality = None
+    if chosen.scale is not None:
+        before = oracle_pass(checkpoint, public, rows_BT, rounding=FORMATS["bfloat16"].rounded)
+        quality = compare_quality(before.logits_BTV, folder, rows_BT, "the gate's prompts, mostly random tokens")
+    skipped = {"the trained model": "too large to run beside the export"}
+    return ParityReport(rows_BT.numel(), {name: error}, skipped, quality)

@@ -67,6 +67,16 @@ class BlockPool:
         self._table[slot, len(held) : wanted] = torch.tensor(new, device=self._table.device)
         held += new
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give a slot what another one holds, `length` tokens."""
+        self.grow(target, length)
+        count = self.num_blocks(length)
+        from_n, to_n = (
+            torch.tensor(self._blocks_of[slot][:count], device=self._table.device) for slot in (source, target)
+        )
+        for stored in (*self.keys, *self.values):
+            _bytes(stored)[to_n] = _bytes(stored)[from_n]
+
     def release(self, slot: int) -> None:
         self._free += reversed(self._blocks_of[slot])
         self._blocks_of[slot] = []
@@ -195,6 +205,13 @@ class Cache:
         """Make room for `length` tokens in a slot; `lengths` is set by whoever writes them."""
         for pool in self.pools.values():
             pool.grow(slot, length)
+
+    def copy(self, source: int, target: int) -> None:
+        """Give an empty slot the tokens of another one."""
+        assert not self.lengths[target]
+        for pool in self.pools.values():
+            pool.copy(source, target, self.lengths[source])
+        self.lengths[target] = self.lengths[source]
 
     def release(self, slot: int) -> None:
         """Give a slot's blocks back."""

@@ -1,11 +1,13 @@
 """A conversation with a model: history, template, streamed answers, and what to do when the context is full."""
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from trinity.base.errors import UserError
-from trinity.infer.engine import Engine, Finish
+from trinity.infer.documents import Gathered, check_room
+from trinity.infer.engine import Engine
+from trinity.infer.request import Finish
 from trinity.infer.sampling import SamplingParams
 from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
@@ -21,7 +23,7 @@ class ChatSession:
             print(piece, end="", flush=True)
 
     When prompt and answer would not fit the model's positions, the oldest turns are left out of the prompt (the system
-    message stays); `dropped` tells how many messages the last answer did not see.
+    message and the documents in it stay); `dropped` tells how many messages the last answer did not see.
     """
 
     def __init__(
@@ -30,19 +32,27 @@ class ChatSession:
         tokenizer: Tokenizer,
         *,
         system: str | None = None,
+        documents: Gathered | None = None,
         params: SamplingParams | None = None,
     ) -> None:
+        """`documents` stand in the system message, after `system`. Raises UserError when they leave no room."""
         self.tokenizer = tokenizer
         self.params = params or SamplingParams(max_new_tokens=1024)
-        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        first = "\n\n".join(part for part in (system, documents.text if documents else None) if part)
+        self.messages: list[Message] = [{"role": "system", "content": first}] if first else []
         self.finish: Finish | None = None
         """How the last answer ended; "cancelled" when the caller stopped listening."""
         self.dropped = 0
         self._max_positions = model.config.max_positions
+        if documents is not None:
+            shortest = [*self.messages, {"role": "user", "content": "?"}]
+            ids, _ = tokenizer.encode_chat(shortest, add_generation_prompt=True)
+            check_room(documents, tokenizer, ids, self._max_positions, self._answer)
         self._engine = Engine(model, tokenizer, max_batch=1)
 
-    def send(self, text: str) -> Generator[str, None, None]:
-        """Add what the user says and yield the answer piece by piece.
+    def send(self, text: str, on_prompt: Callable[[int, int], None] | None = None) -> Generator[str, None, None]:
+        """Add what the user says and yield the answer piece by piece; `on_prompt` gets how many tokens of the prompt
+        are read, and how many there are.
 
         The answer joins the history when it ends, also when the caller stops listening before that. Raises UserError
         when the message alone does not fit; it is then taken back.
@@ -57,7 +67,10 @@ class ChatSession:
         request = self._engine.submit(prompt, dataclasses.replace(self.params, stop_ids=stops))
         try:
             while not request.done:
-                for event in self._engine.step():
+                events = self._engine.step()
+                if on_prompt is not None and not request.completion.tokens[1:]:
+                    on_prompt(request.num_read, len(request.prompt))
+                for event in events:
                     if event.text:
                         yield event.text
         finally:
@@ -71,9 +84,14 @@ class ChatSession:
         self.dropped = 0
         self.finish = None
 
+    @property
+    def _answer(self) -> int:
+        """Tokens that are kept free for the answer."""
+        return min(self.params.max_new_tokens, self._max_positions // 2)
+
     def _prompt(self) -> list[int]:
         """Tokens of the conversation, the oldest turns left out until the answer has room."""
-        room = self._max_positions - min(self.params.max_new_tokens, self._max_positions // 2)
+        room = self._max_positions - self._answer
         system = self.messages[:1] if self.messages[0]["role"] == "system" else []
         turns = self.messages[len(system) :]
         starts = [i for i, message in enumerate(turns) if message["role"] == "user"]

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any, overload
 
 from trinity.base.errors import UsageError
-from trinity.infer.engine import Engine, Event
+from trinity.infer.engine import Engine
+from trinity.infer.request import Event
 from trinity.infer.sampling import SamplingParams
 from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
@@ -17,12 +18,19 @@ def generate(
     prompt: str,
     *,
     on_text: Callable[[str], None] | None = None,
+    on_prompt: Callable[[int, int], None] | None = None,
     max_batch: int = 32,
     **sampling: Any,
 ) -> str: ...
 @overload
 def generate(
-    model: Transformer, tokenizer: Tokenizer, prompt: list[str], *, max_batch: int = 32, **sampling: Any
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: list[str],
+    *,
+    on_prompt: Callable[[int, int], None] | None = None,
+    max_batch: int = 32,
+    **sampling: Any,
 ) -> list[str]: ...
 def generate(
     model: Transformer,
@@ -30,6 +38,7 @@ def generate(
     prompt: str | list[str],
     *,
     on_text: Callable[[str], None] | None = None,
+    on_prompt: Callable[[int, int], None] | None = None,
     max_batch: int = 32,
     **sampling: Any,
 ) -> str | list[str]:
@@ -37,7 +46,8 @@ def generate(
 
     `sampling` are the fields of SamplingParams, such as `max_new_tokens=64, temperature=0.7, seed=1`; the tokenizer's
     stop tokens end an answer unless `stop_ids` says otherwise. An empty prompt starts a document. `on_text` gets the
-    answer piece by piece and needs a single prompt. For conversations see `trinity.infer.chat.ChatSession`.
+    answer piece by piece and needs a single prompt; `on_prompt` gets how many tokens of the prompts are read, and how
+    many there are. For conversations see `trinity.infer.chat.ChatSession`.
     """
     texts = [prompt] if isinstance(prompt, str) else prompt
     if on_text is not None and not isinstance(prompt, str):
@@ -55,5 +65,5 @@ def generate(
     engine = Engine(model, tokenizer, max_batch=min(max_batch, max(1, len(texts))))
     # Documents end with eos, so after eos a document begins.
     prompts = [tokenizer.encode(text) or [tokenizer.eos_id] for text in texts]
-    answers = [completion.text for completion in engine.generate(prompts, params, forward_text)]
+    answers = [completion.text for completion in engine.generate(prompts, params, forward_text, on_prompt)]
     return answers[0] if isinstance(prompt, str) else answers

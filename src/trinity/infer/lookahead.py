@@ -11,8 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trinity.infer.attention import Step
+from trinity.infer.buffers import Buffers
 from trinity.infer.cache import Cache
-from trinity.infer.kernels import Buffers, Kernels
+from trinity.infer.kernels import Kernels
+from trinity.infer.prefill import prefill
 
 
 class _Result(NamedTuple):
@@ -41,6 +44,11 @@ class Lookahead:
     def num_launched(self) -> int:
         """Steps whose tokens were not collected yet."""
         return len(self._results)
+
+    def prefill(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """A chunk of prompts, as `infer.forward.forward`; it may run behind a launched step."""
+        self.kernels.refresh()
+        return prefill(self.kernels, step, return_experts=self._return_experts)
 
     def start(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
         """Take over the rows in `slots`, whose next inputs are `tokens`. Nothing may be launched."""
@@ -82,9 +90,9 @@ class Lookahead:
         return self._buffers.logits[: len(self._slots)]
 
     def experts(self, row: int) -> Tensor | None:
-        """Chosen experts [L, k] of a row of the last launch, on request."""
+        """Chosen experts [1, L, k] of a row of the last launch, on request."""
         assert self._buffers is not None
-        return self._buffers.indices[:, row].clone() if self._return_experts else None
+        return self._buffers.indices[None, :, row].clone() if self._return_experts else None
 
     def choose(self, tokens_B: Tensor, logprobs_B: Tensor) -> None:
         """Other tokens than the most probable ones become the next inputs."""
@@ -131,7 +139,7 @@ class Lookahead:
             self._graphs.clear()
             self._version = self.cache.version
         if size not in self._graphs:
-            buffers = Buffers(self.kernels, size)
+            buffers = self.kernels.buffers(size)
             graph = None
             if self.kernels.device.type == "cuda":
                 graph = self._capture(buffers)
@@ -146,7 +154,8 @@ class Lookahead:
             self.kernels.decode(buffers, self.cache)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Another thread may train meanwhile (rollouts one step ahead).
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.kernels.decode(buffers, self.cache)
         buffers.positions.zero_()
         return graph

@@ -10,6 +10,9 @@ import torch
 
 from trinity.base.errors import UsageError
 
+HEAD = 1024
+"""Tokens that top-p ranks before it ranks all."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -121,39 +124,91 @@ def _penalise(
     return torch.stack(rows)
 
 
-def truncate(probs_BV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Zero what top-k, then top-p, then min-p leave out; rows are descending. The first token always stays.
+def num_kept(
+    sorted_BK: torch.Tensor, total_B1: torch.Tensor, params: Sequence[SamplingParams], vocab: int
+) -> torch.Tensor:
+    """How many of the most probable tokens top-k, then top-p, then min-p leave: int64 [B], at least one.
 
-    Each rule sees the distribution that the rule before it left, renormalised.
+    sorted_BK: the K largest of each row's unnormalised probabilities, descending; total_B1: the sum of all `vocab`.
+    Each rule sees the distribution that the rule before it left, renormalised. Where a row's rules would leave more
+    than K, it is K.
     """
-    device = probs_BV.device
-    vocab = probs_BV.shape[1]
-    if any(p.top_k for p in params):
-        keep_B = torch.tensor([p.top_k or vocab for p in params], device=device)
-        probs_BV = probs_BV * (torch.arange(vocab, device=device) < keep_B[:, None])
+    device, K = sorted_BK.device, sorted_BK.shape[1]
+    most_B1 = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
+    weights_BK = sorted_BK * (torch.arange(K, device=device) < most_B1)
+    kept_BK = weights_BK > 0
     if any(p.top_p < 1 for p in params):
-        total_B1 = probs_BV.sum(-1, keepdim=True)
-        before_BV = (probs_BV.cumsum(-1) - probs_BV) / total_B1
-        top_p_B = torch.tensor([p.top_p if p.top_p < 1 else 2.0 for p in params], dtype=probs_BV.dtype, device=device)
-        probs_BV = probs_BV * (before_BV < top_p_B[:, None])
+        total_B1 = torch.where(most_B1 < vocab, weights_BK.sum(-1, keepdim=True), total_B1)
+        before_BK = (weights_BK.cumsum(-1) - weights_BK) / total_B1
+        top_p_B = torch.tensor([p.top_p if p.top_p < 1 else 2.0 for p in params], dtype=weights_BK.dtype, device=device)
+        kept_BK &= before_BK < top_p_B[:, None]
     if any(p.min_p for p in params):
-        min_p_B = torch.tensor([p.min_p for p in params], dtype=probs_BV.dtype, device=device)
-        probs_BV = probs_BV * (probs_BV >= min_p_B[:, None] * probs_BV[:, :1])
-    return probs_BV
+        kept_BK &= weights_BK >= _min_p(params, weights_BK) * weights_BK[:, :1]
+    return kept_BK.sum(-1).clamp(min=1)
+
+
+def kept_by_sorting(weights_BV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Which tokens the rules leave, bool [B, V]: the reference of `kept`, which sorts whole rows.
+
+    Of tokens that are equally probable the one with the smaller number comes first.
+    """
+    sorted_BV, order_BV = weights_BV.sort(dim=-1, descending=True, stable=True)
+    count_B = num_kept(sorted_BV, weights_BV.sum(-1, keepdim=True), params, weights_BV.shape[1])
+    first_BV = torch.arange(weights_BV.shape[1], device=weights_BV.device) < count_B[:, None]
+    return torch.zeros_like(first_BV).scatter(1, order_BV, first_BV)
+
+
+def kept(weights_BV: torch.Tensor, params: Sequence[SamplingParams], head: int = HEAD) -> torch.Tensor | None:
+    """As `kept_by_sorting`, from the largest entries alone; None: no rule leaves anything out.
+
+    Without top-p the host does not wait. With it, `head` tokens are ranked first, and whole rows only where these do
+    not hold the share that was asked for.
+    """
+    vocab = weights_BV.shape[1]
+    ranked = [bool(p.top_k) or p.top_p < 1 for p in params]
+    by_share = [p.top_p < 1 and not p.top_k for p in params]
+    if not any(ranked) and not any(p.min_p for p in params):
+        return None
+    # min-p alone compares with the largest entry and needs no ranks.
+    probable_BV = weights_BV >= _min_p(params, weights_BV) * weights_BV.amax(-1, keepdim=True)
+    if not any(ranked):
+        return probable_BV
+    total_B1 = weights_BV.sum(-1, keepdim=True)
+    K = min(vocab, max(max(p.top_k for p in params), head if any(by_share) else 1))
+    sorted_BK = weights_BV.topk(K, dim=-1).values
+    count_B = num_kept(sorted_BK, total_B1, params, vocab)
+    if any(by_share) and vocab > K:
+        counts = count_B.tolist()  # the host waits
+        if any(open_ended and count == K for open_ended, count in zip(by_share, counts, strict=True)):
+            sorted_BK = weights_BV.sort(dim=-1, descending=True).values
+            count_B = num_kept(sorted_BK, total_B1, params, vocab)
+    # Ranks by values, so that ties are broken by number whatever topk does.
+    lowest_B1 = sorted_BK.gather(1, count_B[:, None] - 1)
+    above_BV, equal_BV = weights_BV > lowest_B1, weights_BV == lowest_B1
+    room_B1 = count_B[:, None] - above_BV.sum(-1, keepdim=True)
+    first_BV = above_BV | (equal_BV & (equal_BV.cumsum(-1, dtype=torch.int32) <= room_B1))
+    return torch.where(torch.tensor(ranked, device=weights_BV.device)[:, None], first_BV, probable_BV)
+
+
+def _min_p(params: Sequence[SamplingParams], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([p.min_p for p in params], dtype=like.dtype, device=like.device)[:, None]
 
 
 def _draw(scores_BV: torch.Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> torch.Tensor:
-    """Inverse of the cumulative distribution at `uniform`, tokens in descending order of probability."""
+    """Inverse of the cumulative distribution at `uniform`, tokens in the order of their numbers."""
     device = scores_BV.device
     temperature_B = torch.tensor([p.temperature or 1.0 for p in params], device=device)
     # Shifted before the division, so that a tiny temperature gives -inf and not inf - inf.
     shifted_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / temperature_B[:, None]
-    sorted_BV, order_BV = shifted_BV.sort(dim=-1, descending=True, stable=True)
     # float64: at 200 000 entries the rounding of a float32 sum is larger than the probability of rare tokens.
-    probs_BV = truncate(sorted_BV.double().softmax(-1), params)
-    total_BV = probs_BV.cumsum(-1)
+    weights_BV = shifted_BV.double().exp()
+    # Rows that take the most probable token are not drawn from: no rule is worth looking at.
+    kept_BV = kept(weights_BV, [p if p.temperature > 0 else SamplingParams() for p in params])
+    if kept_BV is not None:
+        weights_BV = weights_BV * kept_BV
+    total_BV = weights_BV.cumsum(-1)
     point_B = torch.tensor(uniform, dtype=torch.float64, device=device) * total_BV[:, -1]
     place_B = torch.searchsorted(total_BV, point_B[:, None], right=True)[:, 0]
     # Rounding may put the point on the total: the last token of positive probability.
-    last_B = (probs_BV > 0).sum(-1) - 1
-    return order_BV.gather(1, place_B.minimum(last_B)[:, None])[:, 0]
+    last_B = (total_BV < total_BV[:, -1:]).sum(-1)
+    return place_B.minimum(last_B)

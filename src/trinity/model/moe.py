@@ -72,10 +72,12 @@ class MoE(nn.Module):
         self.shared = FeedForward(config.dim, shared, kernels) if shared else None
         self.dispatcher: Dispatcher = dispatch_local if kernels == "fast" else dispatch_reference
 
-    def forward(self, x_BTD: Tensor, documents: Documents | None = None) -> tuple[Tensor, LayerStats | None]:
-        """[B, T, D] -> [B, T, D], and statistics when the documents are given."""
+    def forward(
+        self, x_BTD: Tensor, documents: Documents | None = None, chosen_BTk: Tensor | None = None
+    ) -> tuple[Tensor, LayerStats | None]:
+        """[B, T, D] -> [B, T, D], and statistics when the documents are given; `chosen_BTk`: see `Router.forward`."""
         x_ND = x_BTD.flatten(0, 1)
-        routing = self.router(x_ND)
+        routing = self.router(x_ND) if chosen_BTk is None else self.router(x_ND, chosen_BTk.flatten(0, 1))
         y_ND = self.dispatcher(x_ND, routing.indices_Nk, routing.weights_Nk, self.experts, self.shared)
         stats = None if documents is None else routing_stats(routing, documents)
         return y_ND.view_as(x_BTD), stats

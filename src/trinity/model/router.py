@@ -78,13 +78,18 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
         self.register_buffer("momentum", torch.zeros(config.num_experts, dtype=torch.float32))
 
-    def forward(self, x_ND: Tensor) -> Routing:
-        """The product is exact to fp32 for the same reason as the bias is: rounded logits would tie."""
+    def forward(self, x_ND: Tensor, chosen_Nk: Tensor | None = None) -> Routing:
+        """The product is exact to fp32 for the same reason as the bias is: rounded logits would tie.
+
+        `chosen_Nk` (int64) replaces the selection, as replay needs it; a row that begins with -1 selects for itself.
+        The factors are those of the scores here, with their gradient.
+        """
         if self.kernels == "reference":
             logits_NE = reference_exact_linear(x_ND, self.weight)
         else:
             logits_NE = exact_linear(x_ND, self.weight)
-            if triton_kernels.enabled(x_ND) and not (self.records_margins and torch.is_grad_enabled()):
+            own = chosen_Nk is None and not (self.records_margins and torch.is_grad_enabled())
+            if own and triton_kernels.enabled(x_ND):
                 from trinity.ops.kernels.routing import Select
 
                 k = self.experts_per_token
@@ -99,6 +104,8 @@ class Router(nn.Module):
             bins_NE = margin_bins(scores_NE.detach(), top.values[:, -1], self.bias)
         else:
             indices_Nk = biased_NE.topk(self.experts_per_token, dim=-1).indices
+        if chosen_Nk is not None:
+            indices_Nk = torch.where(chosen_Nk[:, :1] >= 0, chosen_Nk, indices_Nk)
         weights_Nk = scores_NE.gather(1, indices_Nk)
         if self.route_norm:
             weights_Nk = weights_Nk / (weights_Nk.sum(dim=-1, keepdim=True) + 1e-20)

@@ -73,23 +73,25 @@ class Block(nn.Module):
         return self._from_normed(x_BTD, self.ffn_norm(x_BTD), documents)
 
     def _from_normed(
-        self, x_BTD: Tensor, h_BTD: Tensor, documents: Documents | None
+        self, x_BTD: Tensor, h_BTD: Tensor, documents: Documents | None, chosen_BTk: Tensor | None = None
     ) -> tuple[Tensor, LayerStats | None]:
         """The same, from the residual stream and what `ffn_norm` made of it."""
         if self.moe is not None:
-            y_BTD, stats = self.moe(h_BTD, documents)
+            y_BTD, stats = self.moe(h_BTD, documents, chosen_BTk)
         else:
             assert self.ffn is not None
             y_BTD, stats = self.ffn(h_BTD), None
         return self.residual_norm(x_BTD, y_BTD, self.ffn_post_norm.weight, None, self.ffn_post_norm.eps)[0], stats
 
-    def forward(self, x_BTD: Tensor, layout: Layout) -> tuple[Tensor, LayerStats | None]:
+    def forward(
+        self, x_BTD: Tensor, layout: Layout, chosen_BTk: Tensor | None = None
+    ) -> tuple[Tensor, LayerStats | None]:
         plan = layout.local_plan if self.kind == "local" else layout.global_plan
         y_BTD = self.attn(self.attn_norm(x_BTD), layout.turn, plan)
         norms = self.attn_post_norm.weight, self.ffn_norm.weight, self.ffn_norm.eps
         x_BTD, h_BTD = self.residual_norm(x_BTD, y_BTD, *norms)
         assert h_BTD is not None
-        return self._from_normed(x_BTD, h_BTD, layout.documents)
+        return self._from_normed(x_BTD, h_BTD, layout.documents, chosen_BTk)
 
 
 class Transformer(nn.Module):
@@ -180,17 +182,24 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None = None,
         *,
         layout: Layout | None = None,
+        chosen_BTLk: Tensor | None = None,
     ) -> Features:
-        """All of the model but the head. A `layout` made before replaces segments and positions."""
+        """All of the model but the head. A `layout` made before replaces segments and positions.
+
+        `chosen_BTLk` (integers) are experts that the MoE layers take instead of selecting; -1 leaves them the choice.
+        """
         if layout is None:
             layout = self.layout((tokens_BT.shape[0], tokens_BT.shape[1]), segments_BT, positions_BT)
         x_BTD = self.embed_tokens(tokens_BT)
         stats: list[LayerStats] = []
         for block in self.blocks:
+            given = (x_BTD, layout)
+            if chosen_BTLk is not None and block.moe is not None:
+                given = (*given, chosen_BTLk[:, :, len(stats)].long())
             if self.recompute == "block" and torch.is_grad_enabled():
-                x_BTD, layer_stats = checkpoint(block, x_BTD, layout, use_reentrant=False)
+                x_BTD, layer_stats = checkpoint(block, *given, use_reentrant=False)
             else:
-                x_BTD, layer_stats = block(x_BTD, layout)
+                x_BTD, layer_stats = block(*given)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return Features(self.norm(x_BTD), self._gather(stats))

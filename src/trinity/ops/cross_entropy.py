@@ -77,7 +77,14 @@ def reference_token_logprobs(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -
 
 def token_logprobs(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, chunk_tokens: int = 2048) -> Tensor:
     """As the reference, in chunks; differentiable once. For a temperature, divide x by it."""
-    return _TokenLogprobs.apply(x_ND, head_VD, targets_N, chunk_tokens)
+    return _TokenLogprobs.apply(x_ND, head_VD, targets_N, chunk_tokens, False)[0]
+
+
+def token_logprobs_and_entropies(
+    x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, chunk_tokens: int = 2048
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs`, and without gradient the entropy in nats of each distribution, fp32 [N]."""
+    return _TokenLogprobs.apply(x_ND, head_VD, targets_N, chunk_tokens, True)
 
 
 def _chunk_size(chunk_tokens: int, head_VD: Tensor) -> int:
@@ -186,18 +193,25 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk_tokens: int) -> Tensor:
+    def forward(
+        ctx, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk_tokens: int, with_entropies: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x_ND, head_VD, targets_N)
         ctx.chunk_tokens = chunk_tokens = _chunk_size(chunk_tokens, head_VD)
         keep_N = targets_N != IGNORE
         safe_N = targets_N.where(keep_N, 0)
         factor_ND, factor_VD = _factors(x_ND, head_VD)
-        logprobs_N = x_ND.new_empty(x_ND.shape[0], dtype=torch.float32)
+        logprobs_N, entropies_N = x_ND.new_zeros(2, x_ND.shape[0], dtype=torch.float32)
         for start in range(0, x_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             logits_CV = _logits(factor_ND[chunk], factor_VD)
-            logprobs_N[chunk] = logits_CV.gather(1, safe_N[chunk, None])[:, 0] - logits_CV.logsumexp(dim=-1)
-        return logprobs_N.where(keep_N, 0.0)
+            lse_C = logits_CV.logsumexp(dim=-1)
+            logprobs_N[chunk] = logits_CV.gather(1, safe_N[chunk, None])[:, 0] - lse_C
+            if with_entropies:
+                share_CV = (logits_CV - lse_C[:, None]).exp_()
+                entropies_N[chunk] = lse_C - torch.linalg.vecdot(share_CV, logits_CV)
+        ctx.mark_non_differentiable(entropies_N)
+        return logprobs_N.where(keep_N, 0.0), entropies_N
 
     @staticmethod
     @once_differentiable
@@ -218,4 +232,4 @@ class _TokenLogprobs(torch.autograd.Function):
             _chunk_gradients(
                 d_logits_CV, factor_ND[chunk], factor_VD, None if d_x_ND is None else d_x_ND[chunk], d_head_VD
             )
-        return d_x_ND, None if d_head_VD is None else d_head_VD.to(head_VD.dtype), None, None
+        return d_x_ND, None if d_head_VD is None else d_head_VD.to(head_VD.dtype), None, None, None

@@ -61,9 +61,16 @@ SPEED = (
 )
 REWARD = (
     Chart("reward", "Reward", "Mean reward of a step's samples; the band is one standard deviation.", True),
-    Chart("length", "Sample length", "Tokens per sample."),
-    Chart("kl_gap", "Sampler against trainer", "Divergence between the policy that sampled and the one that learns."),
-    Chart("clip_fraction", "Clipped ratios", "Share of tokens whose probability ratio was clipped."),
+    Chart("length", "Sample length", "Tokens per sample that the policy wrote."),
+    Chart("policy_entropy", "Entropy", "Mean entropy of the policy over the tokens that it wrote, in nats."),
+    Chart(
+        "kl_gap",
+        "Sampler against trainer",
+        "Divergence between the policy that sampled and the one that learns; where it was compared before an update, "
+        "with the sampler's experts replayed and without.",
+    ),
+    Chart("clip_fraction", "Clipped and truncated", "Share of tokens: ratio clipped, importance weight truncated."),
+    Chart("informative", "Answers and groups", "Share of answers that ended by themselves, of groups that teach."),
 )
 NIAH = Chart("niah", "MK-NIAH over training", "Mean score over all lengths and depths.", True)
 LAYER_HEATS = (
@@ -123,8 +130,17 @@ def stage_charts(stage: Stage) -> dict[str, Any]:
     put("mfu", [line("mfu", "MFU")], zero=True, format="percent")
     put("reward", [_reward(stage)])
     put("length", [line("length", "tokens")], zero=True)
-    put("kl_gap", [line("kl_gap", "gap")])
-    put("clip_fraction", [line("clip_fraction", "share")], zero=True, format="percent")
+    put("policy_entropy", [line("policy_entropy", "nats")], zero=True)
+    gaps = [line("kl_gap", "in the update"), line("gap_replayed", "replayed"), line("gap_free", "without replay")]
+    put("kl_gap", gaps)
+    cuts = [line("clip_fraction", "clipped"), line("truncated_fraction", "truncated")]
+    put("clip_fraction", cuts, zero=True, format="percent")
+    put(
+        "informative",
+        [line("finished", "answers ended"), line("informative", "groups that teach")],
+        zero=True,
+        format="percent",
+    )
     put("niah", [_points(stage.niah, "score", "MK-NIAH", joined=True)], unit=True, format="percent")
     return {
         "name": stage.name,

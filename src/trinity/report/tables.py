@@ -110,25 +110,43 @@ def retrieval(run: Run) -> list[dict[str, Any]]:
     for index, stage in enumerate(run.stages):
         if stage.niah:
             picks = np.unique(np.linspace(0, len(stage.niah) - 1, min(MAX_GRIDS, len(stage.niah))).round().astype(int))
-            grids = [_grid(stage.niah[i]) for i in picks]
-            hidden = len(stage.niah) - len(grids)
+            grids = [grid for i in picks for grid in _grids(stage.niah[i])]
+            hidden = len(stage.niah) - len(picks)
             blocks.append(
                 {"stage": index, "title": stage.title, "grids": grids, "hidden": hidden, "curve": len(stage.niah) > 1}
             )
     return blocks
 
 
-def _grid(record: dict[str, Any]) -> dict[str, Any]:
-    cells = {
-        (c["length"], c["depth"]): c
-        for c in record["grid"]
-        if isinstance(c, dict) and is_number(c.get("length")) and is_number(c.get("depth"))
-    }
+TASKS = {
+    "multikey": "MK-NIAH",
+    "single": "one key",
+    "multivalue": "several values of a key",
+    "multiquery": "several keys at once",
+    "tracking": "variable tracking",
+}
+
+
+def _grids(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A heat map for each task of an evaluation, in its order; records once named none and had MK-NIAH only."""
+    cells = [
+        c for c in record["grid"] if isinstance(c, dict) and is_number(c.get("length")) and is_number(c.get("depth"))
+    ]
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        by_task.setdefault(str(cell.get("task", "multikey")), []).append(cell)
+    return [_grid(record, task, some) for task, some in by_task.items()] or [_grid(record, "multikey", [])]
+
+
+def _grid(record: dict[str, Any], task: str, some: list[dict[str, Any]]) -> dict[str, Any]:
+    cells = {(c["length"], c["depth"]): c for c in some}
     lengths, depths = sorted({k[0] for k in cells}), sorted({k[1] for k in cells})
     rows = [{"length": f"{n:,}", "cells": [_cell(cells.get((n, d))) for d in depths]} for n in lengths]
-    score = record.get("score")
+    tasks = record.get("tasks")
+    score = tasks.get(task) if isinstance(tasks, dict) else record.get("score")
     return {
         "step": f"{record['step']:,}",
+        "task": TASKS.get(task, task),
         "score": f"{100 * float(score):.0f}%" if score is not None and is_number(score) else NONE,
         "depths": [f"{100 * d:.0f}%" if max(depths) <= 1 else f"{d:g}" for d in depths],
         "rows": rows,

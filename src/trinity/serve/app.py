@@ -12,6 +12,7 @@ from functools import partial
 from importlib import resources
 from typing import Any
 
+import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -22,10 +23,11 @@ from starlette.types import ASGIApp
 from trinity.base.errors import UserError
 from trinity.config import ServeConfig
 from trinity.infer.engine import Engine
+from trinity.infer.paths import use_kernels
 from trinity.model.transformer import Transformer
 from trinity.serve.answers import ChatChoice, Choice, Envelope, TextChoice, event
 from trinity.serve.errors import ApiError, bad
-from trinity.serve.http import EventStream, Guard, error_response, plain_error, read_body, unless_gone
+from trinity.serve.http import Bodies, EventStream, Guard, body_of, error_response, plain_error, unless_gone
 from trinity.serve.metrics import CONTENT_TYPE, Metrics
 from trinity.serve.prompts import Prompts
 from trinity.serve.protocol import ChatRequest, CompletionRequest, check_choices, parse
@@ -34,6 +36,8 @@ from trinity.serve.worker import Gauges, Worker
 from trinity.tokenizer import Tokenizer
 
 log = logging.getLogger("trinity.serve")
+BODIES = 16
+"""So many of the largest bodies may be in memory before they are read."""
 QUIET_SECONDS = 10.0
 """A stream without a token for so long gets a comment, so that nobody between takes it for dead."""
 
@@ -50,10 +54,13 @@ class Service:
         api_key: str | None = None,
         cache_tokens: int | None = None,
     ) -> None:
+        if config.fp8_weights and not use_kernels(model, "auto"):
+            raise UserError("--fp8-weights needs a GPU and a model that the kernels serve; export as fp8-block instead")
         self.config = config
         self.cache_tokens = cache_tokens or config.max_cache_tokens or config.max_batch * model.config.max_positions
         self.prompts = Prompts(tokenizer, config, model.config.max_positions, self.cache_tokens)
         self.desk = Desk(config.max_batch, config.max_queued)
+        self.bodies = Bodies(BODIES * config.max_body_bytes)
         self.worker: Worker | None = None
         self.metrics = Metrics(config.name, lambda: self.worker.gauges if self.worker else Gauges())
         self._tokenizer = tokenizer
@@ -64,6 +71,8 @@ class Service:
             max_batch=config.max_batch,
             max_tokens=self.cache_tokens,
             prefill_chunk=config.prefill_chunk,
+            cache_dtype=torch.float8_e4m3fn if config.cache == "fp8" else None,
+            fp8_weights=config.fp8_weights,
         )
         self._readers = ThreadPoolExecutor(2, "tokenizer")
         self._page, self._page_policy = load_page()
@@ -104,11 +113,13 @@ class Service:
 
     async def _chat(self, request: Request) -> Response:
         deadline = asyncio.get_running_loop().time() + self.config.request_seconds
-        ask = parse(ChatRequest, await read_body(request, self.config))
-        self._check(ask)
-        ticket = self._ticket(ask.choices)
+        ticket: Ticket | None = None
         try:
-            prompt = await self._read(self.prompts.chat, ask)
+            async with body_of(request, self.config, self.bodies) as body:
+                ask = parse(ChatRequest, body)
+                self._check(ask)
+                ticket = self._ticket(ask.choices)
+                prompt = await self._read(self.prompts.chat, ask)
             params = ask.sampling(prompt.max_tokens, prompt.stop_ids, ask.top_logprobs or 0, prompt.stops)
             ticket.start([prompt.ids] * ask.choices, params)
             self.metrics.prompt_tokens.inc(len(prompt.ids))
@@ -121,17 +132,20 @@ class Service:
             )
             return await self._answer(request, ask, ticket, choices, envelope, deadline)
         except BaseException:
-            ticket.close()
+            if ticket is not None:
+                ticket.close()
             raise
 
     async def _complete(self, request: Request) -> Response:
         deadline = asyncio.get_running_loop().time() + self.config.request_seconds
-        ask = parse(CompletionRequest, await read_body(request, self.config))
-        self._check(ask)
-        texts = self.prompts.split(ask.prompt)
-        ticket = self._ticket(len(texts) * ask.choices)
+        ticket: Ticket | None = None
         try:
-            prompts = await self._read(self.prompts.complete, ask, texts)
+            async with body_of(request, self.config, self.bodies) as body:
+                ask = parse(CompletionRequest, body)
+                self._check(ask)
+                texts = self.prompts.split(ask.prompt)
+                ticket = self._ticket(len(texts) * ask.choices)
+                prompts = await self._read(self.prompts.complete, ask, texts)
             stop_ids = tuple(self._tokenizer.stop_ids)
             params = [p for one in prompts for p in ask.sampling(one.max_tokens, stop_ids, ask.logprobs or 0)]
             spread = [one for one in prompts for _ in range(ask.choices)]
@@ -151,7 +165,8 @@ class Service:
             envelope = Envelope("cmpl", self.config.name, total, chat=False, include_usage=ask.include_usage)
             return await self._answer(request, ask, ticket, choices, envelope, deadline)
         except BaseException:
-            ticket.close()
+            if ticket is not None:
+                ticket.close()
             raise
 
     async def _answer(

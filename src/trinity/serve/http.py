@@ -3,8 +3,8 @@
 import asyncio
 import hashlib
 import hmac
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -16,6 +16,8 @@ from trinity.config import ServeConfig
 from trinity.serve.errors import ApiError
 from trinity.serve.metrics import Metrics
 
+PATIENCE_SECONDS, PATIENCE_BODIES = 1.0, 8
+"""How long, and how many times the largest body, is read and thrown away of a body that is too large."""
 SEND_GRACE = 5.0
 """Seconds beyond a request's deadline in which its last words may still be sent."""
 OPEN_PATHS = ("/", "/health")
@@ -23,32 +25,70 @@ OPEN_PATHS = ("/", "/health")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
-async def read_body(request: Request, config: ServeConfig) -> bytes:
-    """The body of a JSON request. Raises ApiError when it is too large, too slow or declared as something else."""
+class Bodies:
+    """Bytes of all bodies that are in memory before they are read. Used on the event loop only."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0
+
+    def take(self, count: int) -> None:
+        """Raises ApiError when there is no room now."""
+        if self.held + count > self.most:
+            raise ApiError(503, "too many large requests are being read; try again", headers={"Retry-After": "1"})
+        self.held += count
+
+
+@asynccontextmanager
+async def body_of(request: Request, config: ServeConfig, bodies: Bodies) -> AsyncIterator[bytes]:
+    """The body of a JSON request, counted among `bodies` until the block ends.
+
+    Raises ApiError when it is too large, too slow or declared as something else.
+    """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         # Also what keeps web pages of other origins out: they may send other types without asking.
         raise ApiError(415, f"the content type is {kind or 'not given'}; send application/json")
-    most = config.max_body_bytes
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > most:
-        raise _too_large(most)
     parts: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(config.body_seconds):
-            async for part in request.stream():
-                size += len(part)
-                if size > most:
-                    raise _too_large(most)
-                parts.append(part)
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {config.body_seconds:g} seconds") from None
-    return b"".join(parts)
+        try:
+            async with asyncio.timeout(config.body_seconds):
+                async with aclosing(_parts(request, config.max_body_bytes)) as received:
+                    async for part in received:
+                        bodies.take(len(part))
+                        size += len(part)
+                        parts.append(part)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {config.body_seconds:g} seconds") from None
+        body = b"".join(parts)
+        parts.clear()
+        yield body
+    finally:
+        bodies.held -= size
 
 
-def _too_large(most: int) -> ApiError:
-    return ApiError(413, f"the body is larger than the {most} bytes that this server takes", code="body_too_large")
+async def _parts(request: Request, most: int) -> AsyncGenerator[bytes, None]:
+    """Raises ApiError beyond `most` bytes."""
+    declared = request.headers.get("content-length", "")
+    left = -1 if declared.isdigit() and int(declared) > most else most
+    stream = request.stream()
+    if left >= 0:
+        async for part in stream:
+            left -= len(part)
+            if left < 0:
+                break
+            yield part
+        else:
+            return
+    # A client that is still sending would find a connection that was reset instead of the answer.
+    with suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            rest = PATIENCE_BODIES * most
+            async for part in stream:
+                rest -= len(part)
+                if rest < 0:
+                    break
+    raise ApiError(413, f"the body is larger than the {most} bytes that this server takes", code="body_too_large")
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
@@ -138,6 +178,8 @@ class Guard:
                 await error_response(error)(scope, receive, watch)
                 return
             await self._app(scope, receive, watch)
+        except ClientDisconnect:  # in the middle of its own request: nobody is left to be told
+            self._metrics().disconnects.inc()
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics().requests.labels(path, str(status)).inc()

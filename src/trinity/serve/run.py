@@ -20,6 +20,8 @@ from trinity.serve.app import Service
 log = logging.getLogger("trinity.serve")
 SHARE_ON_GPU, SHARE_ON_CPU = 0.8, 0.5
 """Parts of the memory that is free once the model is loaded which the cache may come to."""
+MAX_HEAD_BYTES = 64 << 10
+"""Request line and headers together."""
 CLOSE_SECONDS = 5.0
 """Beyond the deadline of a shutdown, for the last words to be sent."""
 
@@ -73,7 +75,10 @@ def server_settings(service: Service) -> uvicorn.Config:
     connections = max(1024, 4 * (config.max_batch + config.max_queued))
     return uvicorn.Config(
         service.app,
-        log_level="warning",
+        # Whatever else is installed: this one bounds what is kept of a request's head.
+        http="h11",
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        log_level="error",  # not a line for each request that is no HTTP
         access_log=False,
         server_header=False,
         limit_concurrency=connections,

@@ -30,6 +30,10 @@ def vllm_arguments(
         f"--max-num-seqs={config.max_batch}",
         f"--dtype={dtype or 'auto'}",
     ]
+    if config.cache == "fp8":
+        arguments.append("--kv-cache-dtype=fp8")
+    if config.fp8_weights:
+        arguments.append("--quantization=fp8")
     if config.max_prompt_tokens is not None:
         arguments.append(f"--max-model-len={config.max_prompt_tokens + config.default_max_tokens}")
     if "tool_call" in template:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from trinity.base.errors import UserError
-from trinity.infer.engine import Engine, Event, Finish, Request
+from trinity.infer.engine import Engine
+from trinity.infer.request import Event, Finish, Request
 from trinity.infer.sampling import SamplingParams
 from trinity.serve.errors import ApiError, bad
 
@@ -192,12 +193,12 @@ class Worker:
         self.gauges.failures += 1
         full = isinstance(error, MemoryError | torch.OutOfMemoryError)
         told = ApiError(503 if full else 500, "the server ran out of memory" if full else "the engine failed")
+        engine = self._make_engine()  # where that fails too, the thread ends and tells every job
         failed = [job for request, job in self._jobs.items() if request.slot is not None]
         waiting = [job for request, job in self._jobs.items() if request.slot is None]
         if not failed:  # admission itself failed; going on would fail for ever
             failed, waiting = waiting, []
-        self._jobs = {}
-        self._engine = self._make_engine()
+        self._jobs, self._engine = {}, engine
         deliveries: list[tuple[Job, Delivery]] = [(job, told) for job in failed]
         for job in waiting:
             deliveries += self._admit(job)

@@ -6,7 +6,7 @@ from torch import nn
 
 from trinity.data.chat import Conversation
 from trinity.data.shards import Shards
-from trinity.evals import arithmetic, heldout, niah
+from trinity.evals import arithmetic, chat_format, heldout, niah
 from trinity.evals.generation import greedy
 from trinity.evals.needles import Half, Haystack
 from trinity.stages.setup import Stage
@@ -15,6 +15,7 @@ from trinity.train.job import Evaluation, Outcome
 
 _PROMPT_TOKENS = 24
 _SAMPLE_TOKENS = 48
+_KEPT_ANSWERS = 4
 _HAYSTACK_DOCUMENTS = 64
 _HAYSTACK_TOKENS = 65536  # of one document: a book is longer than any haystack needs
 
@@ -41,6 +42,24 @@ def sample_evaluation(stage: Stage, prompts: Sequence[Sequence[int]]) -> Evaluat
         return Outcome(samples=[{"prompt": p, "text": a} for p, a in zip(texts, answers, strict=True)])
 
     return Evaluation(run, stage.settings.eval_every)
+
+
+def template_evaluation(stage: Stage, prompts: Sequence[list[int]], max_new_tokens: int) -> Evaluation:
+    """`score` records `template`: the share of sampled answers that keep to the chat template, before the first step,
+    every `eval_every` steps and at the end; the first answers go to samples.jsonl."""
+
+    def run(_model: nn.Module, _step: int) -> Outcome:
+        if not stage.generates:
+            return Outcome()
+        with stage.gathered():
+            answers = chat_format.sample_answers(stage.model, stage.tokenizer, prompts, max_new_tokens)
+        samples = [
+            {"prompt": stage.tokenizer.decode(a.prompt), "text": a.text, "template": a.wrong or "kept"}
+            for a in answers[:_KEPT_ANSWERS]
+        ]
+        return Outcome([{"kind": "score", "name": "template", **chat_format.summary(answers)}], samples)
+
+    return Evaluation(run, stage.settings.eval_every, at_start=True)
 
 
 def arithmetic_evaluation(stage: Stage, form: arithmetic.Form) -> Evaluation:
@@ -87,9 +106,10 @@ def beginnings(shards: Shards, most: int = 4) -> list[list[int]]:
     return [shards.tokens(doc, 0, min(_PROMPT_TOKENS, int(shards.lengths[doc]) - 1)).tolist() for doc in docs]
 
 
-def first_turn(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """The conversation up to its first answer, as a prompt for that answer."""
-    until = [message["role"] for message in conversation.messages].index("assistant")
+def turn_prompt(tokenizer: Tokenizer, conversation: Conversation, turn: int) -> list[int]:
+    """The conversation up to one of its answers (modulo their number), as a prompt for it."""
+    places = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    until = places[turn % len(places)]
     ids, _ = tokenizer.encode_chat(conversation.messages[:until], conversation.tools, add_generation_prompt=True)
     return ids
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from trinity.base.errors import UsageError
 from trinity.config import Phase, RunConfig
+from trinity.data.halves import Half
+from trinity.data.retrieval import Hay
 from trinity.data.validation import ValidationRows
-from trinity.evals.needles import Half
 from trinity.optim.schedule import StepPlan
 from trinity.stages.evaluations import beginnings, haystack, heldout_evaluation, niah_evaluation, sample_evaluation
 from trinity.stages.setup import SILENT, StageResult, check_batches, open_shards, open_stage, run_stage
@@ -46,8 +47,7 @@ def run(
     with TextSource(stage, train_shards, [phase], plan, settings.length_bias) as text:
         source = text
         if settings.niah_share:
-            hay = haystack(train_shards, stage.tokenizer, Half.TRAINING)
-            source = RetrievalSource(stage, text, plan, settings.niah_share, grid.niah_keys, hay)
+            source = RetrievalSource(stage, text, plan, settings.niah_share, Hay(train_shards, stage.tokenizer))
         job = TrainJob(
             config=config,
             stage=stage.name,

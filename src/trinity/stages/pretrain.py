@@ -1,13 +1,14 @@
-"""Pretraining: the phases of the data mix, a batch ramp, warm-up, stable and decay."""
+"""Pretraining: the phases of the data mix, a batch ramp, warm-up, stable and decay; a share of retrieval documents."""
 
 from pathlib import Path
 
 from trinity.config import RunConfig
+from trinity.data.retrieval import Hay
 from trinity.data.validation import ValidationRows
 from trinity.optim.schedule import StepPlan
 from trinity.stages.evaluations import beginnings, heldout_evaluation, sample_evaluation
 from trinity.stages.setup import SILENT, StageResult, check_batches, open_shards, open_stage, run_stage
-from trinity.stages.sources import TextSource
+from trinity.stages.sources import RetrievalSource, TextSource
 from trinity.train.job import Progress, TrainJob
 from trinity.train.losses import language_model_loss
 
@@ -25,7 +26,11 @@ def run(
     train_shards, val_shards = open_shards(stage)
     plan = StepPlan.pretrain(settings)
     heldout = heldout_evaluation(stage, ValidationRows(val_shards, settings.seq_len, settings.eval_rows))
-    with TextSource(stage, train_shards, settings.phases, plan) as source:
+    with TextSource(stage, train_shards, settings.phases, plan) as text:
+        source = text
+        if settings.niah_share:
+            hay = Hay(train_shards, stage.tokenizer)
+            source = RetrievalSource(stage, text, plan, settings.niah_share, hay)
         job = TrainJob(
             config=config,
             stage=stage.name,

@@ -1,5 +1,6 @@
 """Reinforcement learning on verifiable rewards: groups of sampled answers, the policy loss, the same training loop."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -11,29 +12,37 @@ from torch import nn
 from trinity.base.errors import UsageError
 from trinity.base.rng import derive
 from trinity.config import LossConfig, RLConfig, RunConfig
-from trinity.data.rows import Rows, to_device
+from trinity.data.rows import to_device
 from trinity.evals import arithmetic
 from trinity.evals.scoring import target_logprobs
-from trinity.infer.engine import Engine
-from trinity.infer.sampling import SamplingParams
 from trinity.model.transformer import Transformer
-from trinity.ops.cross_entropy import token_logprobs
+from trinity.ops.cross_entropy import token_logprobs_and_entropies
 from trinity.optim.schedule import StepPlan
 from trinity.rl.loss import policy_loss
 from trinity.rl.rewards import exact_integer
-from trinity.rl.rollout import Rollouts, Sampled, Sampler, Scorer, Task
+from trinity.rl.rollout import Rollouts, Scorer
+from trinity.rl.rows import PolicyRows, ReplayRows
+from trinity.rl.sample import Sampler, Task
+from trinity.rl.samplers import CopySampler, LiveSampler
 from trinity.stages.evaluations import arithmetic_evaluation, sample_evaluation
 from trinity.stages.setup import SILENT, Stage, StageResult, open_stage, run_stage
-from trinity.train.job import Progress, TrainJob
+from trinity.train.job import Evaluation, Outcome, Progress, TrainJob
 from trinity.train.losses import Batch, LossOutput, Share
 
-_MAX_BATCH = 256  # answers sampled together
+TaskSource = Callable[[int, int], Task]
+"""(number, attempt) -> the task; the same one for the same numbers, on every rank and after every resumption."""
 
 
 def run(
-    config: RunConfig, run_dir: Path, *, start_from: Path | None = None, progress: Progress = SILENT
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    start_from: Path | None = None,
+    progress: Progress = SILENT,
+    environment: Callable[[Stage], TaskSource] | None = None,
 ) -> StageResult:
-    """Improve the chat model of `start_from` (required for a new run) on generated arithmetic.
+    """Improve the chat model of `start_from` (required for a new run) on generated arithmetic, or on the tasks of
+    `environment`, which is called once with the opened stage.
 
     Raises UserError or UsageError for whatever is missing or does not fit together (`setup.open_stage`), and when a
     question and its answer would not fit into a row.
@@ -52,22 +61,16 @@ def run(
             f"rl samples with all weights on each GPU, and the {config.model.num_params():,} parameters of this model "
             "do not fit beside its training state: use a smaller model"
         )
+    if settings.ahead and stage.sharding is not None:
+        raise UsageError(
+            "rl.ahead needs a copy of the weights, which several processes do not make: use rl.ahead=false"
+        )
+    source = arithmetic_tasks(stage) if environment is None else environment(stage)
     seed = derive(config.runtime.seed, "rl")
-
-    def task(number: int) -> Task:
-        rng = Random(derive(seed, "question", number))
-        asked = arithmetic.chat_question(stage.tokenizer, rng, settings.max_number, held_out=False)
-        needed = len(asked.prompt) + settings.max_new_tokens
-        if needed > settings.seq_len:
-            raise UsageError(
-                f"a question of {len(asked.prompt)} tokens and an answer of rl.max_new_tokens = "
-                f"{settings.max_new_tokens} do not fit into rl.seq_len = {settings.seq_len}: use {needed} or more"
-            )
-        return Task(asked.prompt, lambda text, finished: exact_integer(text, asked.answer, finished=finished))
-
-    rollouts = Rollouts(settings, task, _sampler(stage, settings), _scorer(stage.model), seed)
-    scores = arithmetic_evaluation(stage, "chat")
-    prompts = [task(number).prompt for number in range(4)]
+    rollouts = Rollouts(settings, _fitting(source, settings), _sampler(stage, settings), scorer(stage.model), seed)
+    evaluations = [sample_evaluation(stage, [source(number, 0).prompt for number in range(4)])]
+    if environment is None:
+        evaluations.insert(0, arithmetic_evaluation(stage, "chat"))
     job = TrainJob(
         config=config,
         stage=stage.name,
@@ -78,7 +81,7 @@ def run(
         loss=PolicyGradient(settings),
         plan=StepPlan.constant(settings, "rl", settings.steps, settings.prompts_per_step * settings.group),
         run_dir=stage.run,
-        evaluations=[scores, sample_evaluation(stage, prompts)],
+        evaluations=[*evaluations, _rollout_samples(stage, rollouts)],
         step_fields=rollouts.summary,
         fingerprints={"tokenizer": stage.tokenizer.fingerprint},
         progress=progress,
@@ -86,17 +89,48 @@ def run(
     return run_stage(stage, job)
 
 
+def arithmetic_tasks(stage: Stage) -> TaskSource:
+    """Generated arithmetic, of the problems that training may see."""
+    seed = derive(stage.config.runtime.seed, "rl")
+
+    def task(number: int, attempt: int) -> Task:
+        rng = Random(derive(seed, "question", number, *([attempt] if attempt else [])))
+        asked = arithmetic.chat_question(stage.tokenizer, rng, stage.config.rl.max_number, held_out=False)
+        return Task(asked.prompt, lambda text, finished: exact_integer(text, asked.answer, finished=finished))
+
+    return task
+
+
+def _fitting(source: TaskSource, settings: RLConfig) -> TaskSource:
+    """The same tasks; a prompt that leaves no room for its answer is refused."""
+
+    def task(number: int, attempt: int) -> Task:
+        found = source(number, attempt)
+        needed = len(found.prompt) + settings.max_new_tokens
+        if needed > settings.seq_len:
+            raise UsageError(
+                f"a question of {len(found.prompt)} tokens and an answer of rl.max_new_tokens = "
+                f"{settings.max_new_tokens} do not fit into rl.seq_len = {settings.seq_len}: use {needed} or more"
+            )
+        return found
+
+    return task
+
+
 @dataclass(frozen=True)
 class PolicyGradient:
-    """`rl.loss.policy_loss` on `rl.rollout.PolicyRows`, with the sequence-wise balance loss of every stage."""
+    """`rl.loss.policy_loss` on `rl.rows.PolicyRows`, with the sequence-wise balance loss of every stage."""
 
     settings: RLConfig
 
     def __call__(self, model: nn.Module, batch: Batch, share: Share, settings: LossConfig) -> LossOutput:
         assert isinstance(model, Transformer)
-        features = model.features(batch.tokens_BT, batch.segments_BT, batch.positions_BT)
+        chosen_BTLk = batch.extra.get("experts_BTLk") if self.settings.replay else None
+        features = model.features(batch.tokens_BT, batch.segments_BT, batch.positions_BT, chosen_BTLk=chosen_BTLk)
         there_BT = batch.targets_BT != -100
-        logprobs_N = token_logprobs(features.x_BTD[there_BT], model.head.weight, batch.targets_BT[there_BT])
+        logprobs_N, entropies_N = token_logprobs_and_entropies(
+            features.x_BTD[there_BT], model.head.weight, batch.targets_BT[there_BT], chunk_tokens=settings.chunk_tokens
+        )
         old_N = batch.extra["old_logprobs_BT"][there_BT]
         result = policy_loss(
             logprobs_N,
@@ -105,6 +139,7 @@ class PolicyGradient:
             batch.extra["advantages_BT"][there_BT],
             clip_low=self.settings.clip_low,
             clip_high=self.settings.clip_high,
+            max_weight=self.settings.max_weight,
         )
         routing = features.routing
         part = (batch.segments_BT >= 0).sum() / share.tokens
@@ -116,6 +151,8 @@ class PolicyGradient:
                 "sequence_loss": sequence_loss.detach(),
                 "kl_gap": result.gap_sum / share.targets,
                 "clip_fraction": result.clipped_tokens / share.targets,
+                "truncated_fraction": result.truncated_tokens / share.targets,
+                "policy_entropy": entropies_N.sum() / share.targets,
                 "router_entropy": routing.entropy_L * part,
             },
             mean=result.sum.detach() / there_BT.sum().clamp(min=1),
@@ -126,31 +163,38 @@ class PolicyGradient:
 
 
 def _sampler(stage: Stage, settings: RLConfig) -> Sampler:
-    stops = tuple(stage.tokenizer.stop_ids)
-
-    def sample(prompts: list[list[int]], seeds: list[int]) -> list[Sampled]:
-        longest = max(map(len, prompts)) + settings.max_new_tokens
-        engine = Engine(stage.model, stage.tokenizer, max_batch=_MAX_BATCH, max_tokens=_MAX_BATCH * longest)
-        params = [
-            SamplingParams(
-                max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=seed, stop_ids=stops
-            )
-            for seed in seeds
-        ]
-        with stage.gathered():
-            return [
-                Sampled(done.text, done.tokens, done.logprobs, done.finish == "stop")
-                for done in engine.generate(prompts, params)
-            ]
-
-    return sample
+    if settings.ahead:
+        return CopySampler(stage.model, stage.tokenizer, settings)
+    return LiveSampler(stage.model, stage.tokenizer, settings, stage.gathered)
 
 
-def _scorer(model: Transformer) -> Scorer:
+def scorer(model: Transformer) -> Scorer:
     """The trainer's log-probabilities: the same forward pass and head as the loss."""
 
     @torch.no_grad()
-    def score(rows: Rows) -> np.ndarray:
-        return target_logprobs(model, to_device(rows, next(model.parameters()).device)).cpu().numpy()
+    def score(rows: PolicyRows, replay: bool) -> np.ndarray:
+        device = next(model.parameters()).device
+        chosen_BTLk = None
+        if replay and isinstance(rows, ReplayRows):
+            chosen_BTLk = torch.from_numpy(rows.experts_BTLk).to(device)
+        return target_logprobs(model, to_device(rows, device), chosen_BTLk).cpu().numpy()
 
     return score
+
+
+def _rollout_samples(stage: Stage, rollouts: Rollouts) -> Evaluation:
+    """Answers of the last step's first question with their rewards, for samples.jsonl."""
+
+    def run(_model: nn.Module, _step: int) -> Outcome:
+        return Outcome(
+            samples=[
+                {
+                    "prompt": stage.tokenizer.decode(sample.prompt),
+                    "text": stage.tokenizer.decode(sample.tokens),
+                    "reward": sample.reward,
+                }
+                for _, sample in rollouts.last_samples[:4]
+            ]
+        )
+
+    return Evaluation(run, stage.settings.eval_every)

@@ -19,6 +19,7 @@ from trinity.export.afmoe import export_afmoe
 from trinity.export.shards import export_shards
 from trinity.infer.load import checkpoint_tensors, find, find_tokenizer, has_tokenizer, weights
 from trinity.model.transformer import Transformer
+from trinity.ops.borrowed_cross_entropy import check_kind
 from trinity.optim.optimizer import MuonAdamW, build_optimizer
 from trinity.parallel.mesh import build_meshes
 from trinity.parallel.muon import MuonExchange
@@ -105,7 +106,7 @@ def about(stage: Stage, job: TrainJob) -> dict[str, Any]:
     length = min(stage.settings.seq_len // stage.config.parallel.context, stage.config.model.window + 1)
     layout = stage.model.layout((1, length + length % 2))
     alone = dist.world_size() == 1 and stage.sharding is None
-    recorded = is_recorded(stage.config.runtime, stage.device, job.loss, alone=alone)
+    recorded = is_recorded(stage.config.runtime, stage.device, job.loss, stage.config.loss, alone=alone)
     return {
         "environment": environment,
         "paths": stage.model.paths(layout) | {"micro-batch": RECORDED if recorded else LAUNCHED},
@@ -138,6 +139,7 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
             "runtime.dtype = float32 cannot be compiled on a GPU (its grouped products are bfloat16): use "
             "runtime.dtype=bfloat16 or runtime.compile=false"
         )
+    check_kind(config.loss.cross_entropy, config.loss.z_loss, device)
     model, sharding = _open_model(config, device)
     if start_from is not None:
         check_tokenizer(tokenizer, config.data.tokenizer, start_from)

@@ -6,7 +6,7 @@ from trinity.base.errors import UsageError
 from trinity.config import RunConfig
 from trinity.data.chat import ChatRows, is_held_out, read_conversations
 from trinity.optim.schedule import StepPlan
-from trinity.stages.evaluations import first_turn, heldout_evaluation, sample_evaluation
+from trinity.stages.evaluations import heldout_evaluation, sample_evaluation, template_evaluation, turn_prompt
 from trinity.stages.setup import SILENT, StageResult, check_batches, open_stage, run_stage
 from trinity.stages.sources import ChatSource, HeldOutChats
 from trinity.train.job import Progress, TrainJob
@@ -30,14 +30,29 @@ def run(
     conversations = list(read_conversations(settings.conversations))
     held_out = [c for c in conversations if is_held_out(c, settings.held_out)]
     training = [c for c in conversations if not is_held_out(c, settings.held_out)]
-    data = ChatRows(training, stage.tokenizer, settings.seq_len, config.runtime.seed)
+    data = ChatRows(
+        training,
+        stage.tokenizer,
+        settings.seq_len,
+        config.runtime.seed,
+        turns=settings.turns,
+        packing=settings.packing,
+    )
     rows = sum(len(data.plan(epoch)) for epoch in range(settings.epochs))
     plan = StepPlan.constant(settings, "sft", -(-rows // settings.batch_rows), settings.batch_rows)
     evaluations = []
     if held_out:
-        chats = HeldOutChats(ChatRows(held_out, stage.tokenizer, settings.seq_len), settings.eval_rows)
-        prompts = [first_turn(stage.tokenizer, conversation) for conversation in held_out[:4]]
-        evaluations = [heldout_evaluation(stage, chats), sample_evaluation(stage, prompts)]
+        kept = ChatRows(held_out, stage.tokenizer, settings.seq_len, turns=settings.turns)
+        most = config.model.max_positions - settings.sample_tokens
+        prompts = [turn_prompt(stage.tokenizer, conversation, number) for number, conversation in enumerate(held_out)]
+        prompts = [prompt for prompt in prompts if len(prompt) <= most]
+        evaluations = [
+            heldout_evaluation(stage, HeldOutChats(kept, settings.eval_rows)),
+            sample_evaluation(stage, prompts[:4]),
+        ]
+        if prompts[: settings.template_samples]:
+            asked = prompts[: settings.template_samples]
+            evaluations.append(template_evaluation(stage, asked, settings.sample_tokens))
     job = TrainJob(
         config=config,
         stage=stage.name,

@@ -10,14 +10,14 @@ from typing import Any, Self
 import numpy as np
 
 from trinity.base import dist
+from trinity.base.errors import UsageError
 from trinity.base.rng import Draws, derive
 from trinity.config import Phase
 from trinity.data.chat import ChatRows
 from trinity.data.loader import Loader, merge_states
-from trinity.data.rows import IGNORE, Chunk, Rows, empty_rows, finish_row
+from trinity.data.retrieval import LEAST_TOKENS, Hay, RetrievalDocuments
+from trinity.data.rows import Chunk, Rows, empty_rows, finish_row
 from trinity.data.shards import Shards
-from trinity.evals import niah
-from trinity.evals.needles import Haystack
 from trinity.optim.schedule import StepPlan
 from trinity.stages.setup import Stage
 
@@ -69,20 +69,26 @@ class TextSource:
 
 
 class RetrievalSource:
-    """Text with a share of rows that are generated retrieval documents (`evals.niah.retrieval_document`).
+    """Text with a share of rows that are generated retrieval documents (`data.retrieval`).
 
     Rows are exchanged in units of gcd(batch, data.streams), the smallest that every possible number of ranks divides;
     the share is met over the steps. State: the loader's and the number of rows of either kind so far.
     """
 
-    def __init__(self, stage: Stage, text: TextSource, plan: StepPlan, share: float, num_keys: int, haystack: Haystack):
-        self._text, self._plan, self._share, self._haystack = text, plan, share, haystack
-        self._tokenizer, self._num_keys = stage.tokenizer, num_keys
+    def __init__(self, stage: Stage, text: TextSource, plan: StepPlan, share: float, hay: Hay) -> None:
+        settings = stage.config.retrieval
+        self._text, self._plan, self._share, self._whole = text, plan, share, settings.whole_rows
         self._seq_len, self._micro_rows = stage.settings.seq_len, stage.settings.micro_rows
+        if self._seq_len < LEAST_TOKENS:
+            raise UsageError(
+                f"{stage.name}.niah_share needs rows of at least {LEAST_TOKENS} tokens, not {self._seq_len}"
+            )
         self._streams = stage.config.data.streams
         self._rank, self._ranks = stage.data_rank, stage.data_size
-        self._seed = derive(stage.config.runtime.seed, "retrieval")
-        self._most_parts = max(1, self._seq_len // (2 * niah.document_size(stage.tokenizer, num_keys)))
+        self._seed = derive(stage.config.runtime.seed, "retrieval", stage.name)
+        self._documents = RetrievalDocuments(stage.tokenizer, hay, settings, self._seed)
+        self.fingerprint = self._documents.fingerprint
+        self._most_parts = self._seq_len // LEAST_TOKENS
         self._rows = self._generated = 0
 
     def next_batch(self, step: int) -> list[Rows]:
@@ -102,27 +108,33 @@ class RetrievalSource:
         return batches
 
     def _retrieval_rows(self, numbers: Sequence[int]) -> Rows:
-        """Row number n holds one document as long as the row, or several equally short ones, as n tells: what is
-        learned at short lengths carries over to long ones, and short documents ask more often per token."""
+        """Row number n holds one document as long as the row, or several of unequal lengths, as n tells: what is
+        learned at short lengths carries over to long ones."""
         rows = empty_rows(len(numbers), self._seq_len)
         for row, number in enumerate(numbers):
-            parts = 1 + Draws(derive(self._seed, number)).below(self._most_parts)
             chunks, at = [], 0
-            for part in range(parts):
-                tokens = niah.retrieval_document(
-                    self._tokenizer,
-                    self._seq_len // parts,
-                    self._num_keys,
-                    self._seed,
-                    number * self._most_parts + part,
-                    self._haystack,
-                )
-                rows.tokens_BT[row, at : at + len(tokens)] = tokens
-                rows.targets_BT[row, at : at + len(tokens)] = [*tokens[1:], IGNORE]
-                chunks.append(Chunk(-1 - number, 0, len(tokens)))
-                at += len(tokens)
+            for part, length in enumerate(self._lengths(number)):
+                made = self._documents.document(number * self._most_parts + part, length)
+                rows.tokens_BT[row, at : at + length] = made.tokens_T
+                rows.targets_BT[row, at : at + length] = made.targets_T
+                chunks.append(Chunk(-1 - number, 0, length))
+                at += length
             finish_row(rows, row, chunks)
         return rows
+
+    def _lengths(self, number: int) -> list[int]:
+        """Of the documents of a row: the whole row, or drawn evenly on a logarithmic scale until it is full."""
+        draws = Draws(derive(self._seed, "lengths", number))
+        lengths, left = [], self._seq_len
+        whole = draws.below(1000) < 1000 * self._whole
+        while left >= LEAST_TOKENS:
+            drawn = LEAST_TOKENS * (self._seq_len / LEAST_TOKENS) ** (draws.below(1001) / 1000)
+            length = self._seq_len if whole else min(left, int(drawn))
+            if left - length < LEAST_TOKENS:
+                length = left
+            lengths.append(length)
+            left -= length
+        return lengths
 
     def describe(self, rows: Rows) -> list[dict[str, Any]]:
         generated = [chunk.doc for chunks in rows.documents for chunk in chunks if chunk.doc < 0]
@@ -155,7 +167,7 @@ class ChatSource:
         self._next_row += total
         return self._data.rows([self._group(number) for number in numbers]).split(self._micro_rows)
 
-    def _group(self, number: int) -> list[int]:
+    def _group(self, number: int) -> list[Chunk]:
         epoch = int(np.searchsorted(self._ends, number, side="right"))
         if epoch == len(self._ends):
             return []

@@ -12,7 +12,10 @@ balance update into no-ops. `GuardPolicy` runs on the host, as soon as the step'
 
 The score (deviations above the mean of the last 128 steps, one-sided, 6 of them are a spike) is that of OLMo-core's
 step-skipping optimizer. Ours differs in that a skipped step does not enter the history, a short history has a wider
-bound, and a new phase of the data starts a new one.
+bound, and a new phase of the data starts a new one. A skipped step leaves the weights, so a gradient norm that has
+risen for good would be skipped for ever; in the first steps of a run that is common (AdamW's norms rise by a factor of
+ten and stay there, and the clipped steps do no harm), so as long as less than half a window is known a gradient norm
+is bad only beyond `EARLY_FACTOR` times their mean.
 """
 
 from dataclasses import dataclass, field
@@ -26,6 +29,8 @@ from trinity.config import GuardConfig
 
 MIN_HISTORY = 8
 """Steps before any score is given; only values that are not finite are caught before."""
+EARLY_FACTOR = 16.0
+"""How far above the mean of the gradient norms one must lie to be a spike while less than half a window is known."""
 MIN_DEVIATION = 1e-3
 """Least standard deviation, as a share of the mean: a flat curve must not turn noise into spikes."""
 
@@ -67,7 +72,9 @@ class SpikeGuard:
         scores_2 = torch.where(count >= MIN_HISTORY, (values_2 - mean_2) / deviation_2, 0.0)
 
         bound = self.settings.sigma * (window / count.clamp(min=1)).sqrt()
-        bad = ~torch.isfinite(values_2).all() | (scores_2 > bound).any()
+        above_2 = scores_2 > bound
+        settled = (2 * count >= window) | (values_2[1] > EARLY_FACTOR * mean_2[1])
+        bad = ~torch.isfinite(values_2).all() | above_2[0] | (above_2[1] & settled)
         if not self.settings.enabled:
             bad = torch.zeros_like(bad)
         slot_W = (self._slots_W == self._filled % window) & ~bad

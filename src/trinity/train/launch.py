@@ -28,9 +28,13 @@ MAX_GRAPHS = 2
 """Shapes that are recorded; micro-batches of further shapes are launched. Graphs share their memory."""
 
 
-def is_recorded(runtime: RuntimeConfig, device: torch.device, loss: LossFunction, *, alone: bool) -> bool:
-    """Whether micro-batches are recorded; `alone`: one rank, with all weights."""
-    return runtime.cuda_graphs and device.type == "cuda" and alone and loss in CAPTURABLE
+def is_recorded(
+    runtime: RuntimeConfig, device: torch.device, loss: LossFunction, settings: LossConfig, *, alone: bool
+) -> bool:
+    """Whether micro-batches are recorded; `alone`: one rank, with all weights. Libraries' losses read numbers on the
+    host."""
+    capturable = loss in CAPTURABLE and settings.cross_entropy == "chunked"
+    return runtime.cuda_graphs and device.type == "cuda" and alone and capturable
 
 
 class Launched:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trinity.config import LossConfig
 from trinity.model.transformer import Transformer
-from trinity.ops.cross_entropy import fused_cross_entropy
+from trinity.ops.borrowed_cross_entropy import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,15 @@ def language_model_loss(model: nn.Module, batch: Batch, share: Share, settings: 
     assert isinstance(model, Transformer), f"the model is a {type(model).__name__}"
     layout = model.layout((len(batch.tokens_BT), batch.tokens_BT.shape[1]), batch.segments_BT, batch.positions_BT)
     features = model.features(batch.tokens_BT, layout=layout)
-    entropy = fused_cross_entropy(
+    entropy = cross_entropy(
+        settings.cross_entropy,
         features.x_BTD.flatten(0, 1),
         model.head.weight,
         batch.targets_BT.flatten(),
         z_loss=settings.z_loss,
         chunk_tokens=settings.chunk_tokens,
     )
+    own = settings.cross_entropy == "chunked"
     routing = features.routing
     part = (batch.segments_BT >= 0).sum() / share.tokens
     sequence_loss = settings.sequence_loss * part * routing.sequence_loss
@@ -92,13 +94,13 @@ def language_model_loss(model: nn.Module, batch: Batch, share: Share, settings: 
             "ce": entropy.ce_sum / share.targets,
             "z_loss": entropy.z_sum / share.targets,
             "sequence_loss": sequence_loss.detach(),
-            "logit_mean": entropy.logit_mean * targets,
+            **({"logit_mean": entropy.logit_mean * targets} if own else {}),
             "router_entropy": routing.entropy_L * part,
         },
         mean=rows_2[0] / rows_2[1].clamp(min=1),
         counts_LE=routing.counts_LE,
         extremes={
-            "logit_max": entropy.logit_max,
+            **({"logit_max": entropy.logit_max} if own else {}),
             "router_max": routing.logit_max_L,
             "router_negated_min": -routing.logit_min_L,
         },

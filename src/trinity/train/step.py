@@ -52,7 +52,7 @@ class StepRunner:
 
     def _launcher(self) -> Launched:
         alone = dist.world_size() == 1 and self.sharding is None
-        if is_recorded(self.config.runtime, self.device, self.loss, alone=alone):
+        if is_recorded(self.config.runtime, self.device, self.loss, self.config.loss, alone=alone):
             masters = self.masters.masters()
             parameters = [masters.get(name, working) for name, working in self.model.named_parameters()]
             return Graphed(self.model, self.loss, self.config.loss, parameters)

@@ -58,6 +58,8 @@ MINERVA = Source("minerva_shots", _WORKED, "the four worked examples of the Mine
 MATH_TRAIN = Source("math_train4500", _WORKED, "problems of MATH's training split")
 _MBPP = {"prompt": "text", "assertion": "tests as assert statements", "entry_point": "name"}
 MBPP_PLUS = Source("mbpp_plus", _MBPP, "MBPP+ of EvalPlus")
+_HUMANEVAL = {"prompt": "beginning of a function", "test": "text of check(candidate)", "entry_point": "name"}
+HUMANEVAL = Source("humaneval", _HUMANEVAL, "HumanEval")
 PIQA = choice_file("piqa_val", "PIQA's validation split")
 OPENBOOKQA = choice_file("openbookqa_test", "OpenBookQA's test split")
 COPA = choice_file("copa_val", "COPA's validation split")
@@ -150,7 +152,11 @@ def _mbpp_program(text: str, record: Record) -> str:
     if "```" in code:
         code = code.split("```python")[-1] if "```python" in code else code.split("```", 1)[1]
         code = code.split("```")[0]
-    return f"{code}\n\n{record['assertion']}\n"
+    return f"{code}\n\nimport math\n\n{record['assertion']}\n"  # some of the tests use it
+
+
+def _humaneval_program(text: str, record: Record) -> str:
+    return f"{record['prompt']}{text}\n\n{record['test']}\n\ncheck({record['entry_point']})\n"
 
 
 def _chat_letters(name: str, source: Source, group: str = "") -> AnswerTask:
@@ -277,6 +283,15 @@ TASKS: dict[str, Task] = {
             answer=lambda record: record.get("canonical_solution", ""),
             program=_mbpp_program,
             until=("\nassert", '\n"""', "\nclass Test", "\nif __name__", "\nprint("),
+            max_new_tokens=768,
+        ),
+        CodeTask(
+            name="humaneval",
+            source=HUMANEVAL,
+            question=lambda record: record["prompt"],
+            answer=lambda record: record.get("canonical_solution", ""),
+            program=_humaneval_program,
+            until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
             max_new_tokens=768,
         ),
         _chat_letters("mmlu_chat", MMLU, "subject"),

@@ -53,10 +53,22 @@ def entries(suite: str | None, tasks: Sequence[str] = (), limit: int | None = No
     return asked if limit is None else [replace(entry, limit=limit) for entry in asked]
 
 
+def runs_programs(asked: Sequence[Entry]) -> bool:
+    """Whether a `CodeRunner` is needed."""
+    return any(isinstance(TASKS[entry.task], CodeTask) for entry in asked)
+
+
 def prepare(
-    asked: Sequence[Entry], data: Path, runner: CodeRunner | None = None, *, skip_missing: bool = False
+    asked: Sequence[Entry],
+    data: Path,
+    runner: CodeRunner | None = None,
+    *,
+    without_runner: str = "",
+    skip_missing: bool = False,
 ) -> tuple[list[Ready], dict[str, str]]:
     """(tasks that can run, why the others cannot, by name), with every file read.
+
+    without_runner: why there is no `runner`.
 
     Raises UserError that says what to put where when something is missing, unless `skip_missing`.
     """
@@ -67,7 +79,7 @@ def prepare(
         task = TASKS[entry.task]
         if isinstance(task, CodeTask):
             if runner is None:
-                missing[entry.task] = no_sandbox(entry.task)
+                missing[entry.task] = no_sandbox(entry.task, without_runner)
                 continue
             task = replace(task, runner=runner)
         found = _files(task, data)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trinity.base.errors import UsageError
-from trinity.evals.benchmarks.run import entries, prepare, run
+from trinity.base.errors import UsageError, UserError
+from trinity.evals.benchmarks.run import entries, prepare, run, runs_programs
 from trinity.evals.benchmarks.task import CodeRunner
 from trinity.evals.endpoint import Endpoint
 from trinity.evals.language_model import LanguageModel, NativeModel
@@ -27,17 +27,26 @@ def run_saved(
     device: str | None = None,
     dtype: str | None = None,
     batch_tokens: int = 16384,
-    runner: CodeRunner | None = None,
+    make_runner: Callable[[], CodeRunner] | None = None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """`run` on the model of a path, or on the model of that name behind `endpoint`; files are checked before it loads.
+
+    make_runner: makes what runs programs that the model wrote; called when a task needs it. A UserError of it is the
+    reason why such tasks cannot run.
 
     Raises UsageError for unknown suites and tasks, UserError for files, models and servers that cannot be used.
     """
     asked = entries(suite, tasks, limit)
     if not asked:
         raise UsageError("name a suite or benchmarks to run")
-    ready, missing = prepare(asked, data, runner, skip_missing=skip_missing)
+    runner, reason = None, ""
+    if make_runner is not None and runs_programs(asked):
+        try:
+            runner = make_runner()
+        except UserError as error:
+            reason = str(error)
+    ready, missing = prepare(asked, data, runner, without_runner=reason, skip_missing=skip_missing)
     for reason in missing.values():
         on_note(reason)
     about: dict[str, Any]

@@ -5,7 +5,9 @@ metrics follow the public evaluation harness where it has the task, so that figu
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Protocol
 
 from trinity.base.errors import UserError
@@ -16,11 +18,14 @@ Score = dict[str, float]
 """By metric."""
 
 
+_AT_ONCE = 16  # programs handed over at a time; the runner runs as many as it has room for
+
+
 class CodeRunner(Protocol):
-    """Runs programs that a model wrote, isolated from the machine and the network."""
+    """Runs programs that a model wrote, isolated from the machine and the network; from several threads at once."""
 
     def passes(self, program: str, *, seconds: float) -> bool:
-        """Whether the program ends by itself with status 0 within `seconds`."""
+        """Whether the program runs to its end, its tests included, and ends with status 0 within `seconds`."""
         ...
 
 
@@ -210,11 +215,14 @@ class CodeTask(AnswerTask):
             raise UserError(no_sandbox(self.name))
         texts = model.generate([self.prompt(model, record, shots) for record, shots in questions])
         programs = [self.program(text, record) for text, (record, _) in zip(texts, questions, strict=True)]
-        return [{self.metric: float(self.runner.passes(program, seconds=self.seconds))} for program in programs]
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            passed = list(threads.map(partial(self.runner.passes, seconds=self.seconds), programs))
+        return [{self.metric: float(one)} for one in passed]
 
 
-def no_sandbox(name: str) -> str:
-    return f"{name} runs programs that the model wrote, which needs a sandbox, and none is there: leave this task out"
+def no_sandbox(name: str, reason: str = "") -> str:
+    why = reason or "none is there"
+    return f"{name} runs programs that the model wrote, which needs a sandbox: {why}; leave this task out"
 
 
 Kind = Literal["choice", "word", "answer", "code"]

@@ -195,7 +195,8 @@ def best_kernel(
     tl.store(total + row * PARTS + part, tl.sum(tl.exp(scores - top), 0))
     tl.store(largest + row * 2 * PARTS + part, top)
     tl.store(largest + (row * 2 + 1) * PARTS + part, tl.max(allowed, 0))
-    tl.store(place + row * PARTS + part, part * BV + tl.argmax(allowed, 0))
+    # Of NaN logits no number is the best; it must be a token all the same, for it is the next step's input.
+    tl.store(place + row * PARTS + part, tl.minimum(part * BV + tl.argmax(allowed, 0), limit - 1))
 
 
 @triton.jit
@@ -207,7 +208,7 @@ def best_of_parts_kernel(largest, place, total, tokens, logprobs, PARTS: tl.cons
     best = tl.load(largest + (row * 2 + 1) * PARTS + p, mask=there, other=float("-inf"))
     peak = tl.max(top, 0)
     mass = tl.sum(tl.load(total + row * PARTS + p, mask=there, other=0.0) * tl.exp(top - peak), 0)
-    winner = tl.argmax(best, 0)
+    winner = tl.minimum(tl.argmax(best, 0), PARTS - 1)
     tl.store(tokens + row, tl.load(place + row * PARTS + winner).to(tokens.dtype.element_ty))
     tl.store(logprobs + row, tl.max(best, 0) - peak - tl.log(mass))
 
