@@ -129,12 +129,12 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
     """Device, tokenizer, model (new, or of `start_from`: a model or run directory) and optimizer.
 
     Raises UserError or UsageError for a device that is not there, a tokenizer that is missing or has more entries than
-    the model, a model of another shape, and rows longer than the model's positions.
+    the model, a model of another shape, and, but in `extend`, rows longer than the model's positions.
     """
     settings: StageConfig = getattr(config, name)
     if dist.world_size() > 1:
         check_parallel(config, name, dist.world_size())
-    if settings.seq_len > config.model.max_positions:
+    if settings.seq_len > config.model.max_positions and name != "extend":  # which may train beyond the target
         raise UsageError(
             f"{name}.seq_len = {settings.seq_len} exceeds model.max_positions = {config.model.max_positions}: "
             "lower the one or raise the other"
@@ -194,6 +194,8 @@ def _open_model(config: RunConfig, device: torch.device) -> tuple[Transformer, S
     several = dist.world_size() > 1
     with torch.device("meta") if several else device:
         model = Transformer(config.model, kernels=runtime.kernels, recompute=runtime.recompute)
+    if runtime.fp8:
+        model.use_fp8(device)
     compile_blocks(model, runtime, device)
     if not several:
         return model, None
