@@ -1,13 +1,14 @@
 """Environments of messages as tasks of tokens: the same conversation, the same reward, no loss on what is observed."""
 
 import json
+from collections.abc import Sequence
 
 import pytest
 
 from stage_fixtures import tiny_config, write_inputs
 from trinity.base.errors import UsageError
 from trinity.base.rundir import RunDir
-from trinity.rl.environments.environment import Reply, Row, rollout
+from trinity.rl.environments.environment import Reply, Row, Tool, rollout
 from trinity.rl.environments.questions import Arithmetic
 from trinity.rl.played import EnvironmentTasks
 from trinity.rl.rewards.attempt import Rubric
@@ -32,7 +33,9 @@ class Counter:
     """A tool that counts its calls; three in a row are right."""
 
     name, max_turns = "counter", 4
-    tools = ({"type": "function", "function": {"name": "count", "parameters": {"type": "object", "properties": {}}}},)
+    tools: Sequence[Tool] = (
+        {"type": "function", "function": {"name": "count", "parameters": {"type": "object", "properties": {}}}},
+    )
 
     def __init__(self):
         self.rubric = Rubric({"three": lambda attempt: float(attempt.info["count"] == 3)})
