@@ -98,12 +98,18 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def base(folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("base") / "pretrain"
+    pretrain.run(tiny_config(folder), run)
+    return run
+
+
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
-def test_a_run_samples_from_the_server_on_the_weights_of_each_step(folder, tmp_path, fake, kind):
-    pretrain.run(tiny_config(folder), tmp_path / "base")
+def test_a_run_samples_from_the_server_on_the_weights_of_each_step(folder, base, tmp_path, fake, kind):
     settings = {"server": fake.url, "server_kind": kind, "replay": False, "steps": 3, "gap_every": 1}
     config = tiny_config(folder, rl={**settings, "prompts_per_step": 2, "group": 4})
-    assert rl.run(config, tmp_path / "run", start_from=tmp_path / "base").train.finished
+    assert rl.run(config, tmp_path / "run", start_from=base).train.finished
     steps = RunDir(tmp_path / "run").read_metrics("step")
     assert len(fake.loaded) == 3
     assert len(set(fake.loaded)) == 2
