@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "compiled-graphs": {"compile": "true", "cuda_graphs": "true"},
     "compiled": {"compile": "true", "cuda_graphs": "false"},
     "launched": {"compile": "false", "cuda_graphs": "false"},
+    "fp8": {"compile": "false", "cuda_graphs": "true", "fp8": "true"},
 }
 """Settings of `runtime` of each way to run the fast path, in order of interest."""
 

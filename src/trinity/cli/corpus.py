@@ -1,12 +1,17 @@
 """Verbs of text and tokens: tokenizer train|show, data prepare|inspect|verify|overlap|retrieval|join."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trinity.base.errors import UsageError, UserError
 from trinity.cli.options import ForceOption, JsonOption, check_output, note, print_json, print_rows, read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from trinity.data.traces import Counts
 
 InputsArgument = Annotated[
     list[str],
@@ -296,3 +301,66 @@ def overlap(
         share = f"{100 * part['share']:.2f} %"
         rows.append((name, part["questions"], part["touched"], share, part["covered_by_half"], part["too_short"], such))
     print_rows(headers, rows)
+
+
+def traces(
+    out: Annotated[Path, typer.Option("--out", help="File of conversations to write (jsonl).", metavar="FILE")],
+    sessions: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Sessions of coding agents (jsonl, .gz, .zst), see docs/sandbox.md.", metavar="FILE"),
+    ] = None,
+    generate: Annotated[
+        int, typer.Option("--generate", min=0, help="Repaired repositories to generate instead, in the sandbox.")
+    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is generated.")] = 0,
+    failed_too: Annotated[bool, typer.Option("--failed-too", help="Keep sessions that did not pass.")] = False,
+    observation_chars: Annotated[int, typer.Option(min=100, help="Longest observation; longer ones are cut.")] = 8000,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn sessions of coding agents into conversations for SFT, or generate such conversations."""
+    if bool(sessions) == bool(generate):
+        raise UsageError("name files of sessions, or how many to --generate, not both")
+    if out.exists() and not force:
+        raise UserError(f"{out} is already there; --force replaces it")
+    check_output(out.parent)
+    import json
+
+    from trinity.base.files import atomic_write
+    from trinity.data.traces import Counts, TraceSettings, convert
+
+    counts = Counts()
+    if generate:
+        rows = _generated(generate, seed, counts)
+    else:
+        settings = TraceSettings(only_passed=not failed_too, observation_chars=observation_chars)
+        rows = convert(sessions or [], settings, counts)
+    with atomic_write(out, "w") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if not counts.kept:
+            raise UserError(f"no session is left to write: {_reasons(counts.left_out)}")
+    if as_json:
+        print_json({"file": str(out), "conversations": counts.kept, "left_out": counts.left_out})
+    else:
+        print(f"{out}: {counts.kept:,} conversations")
+        if counts.left_out:
+            note(f"left out: {_reasons(counts.left_out)}")
+
+
+def _reasons(left_out: dict[str, int]) -> str:
+    return ", ".join(f"{count} ({reason})" for reason, count in left_out.items()) or "the files hold none"
+
+
+def _generated(number: int, seed: int, counts: "Counts") -> "Iterator[dict[str, Any]]":
+    from trinity.base.console import Console
+    from trinity.rl.environments.oracle import trace
+    from trinity.rl.environments.repository import Repository
+    from trinity.rl.sandbox.pool import Sandbox
+
+    with Sandbox() as sandbox, Console().progress("Repairing", total=number, unit="repositories") as progress:
+        environment = Repository(sandbox, seed)
+        for i in range(number):
+            yield trace(environment, i, seed)
+            counts.kept += 1
+            progress.set(i + 1)
