@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from trinity.base.errors import UserError
 from trinity.cli import main
-from trinity.evals.contamination import Overlap, find_overlap, question_text, words
+from trinity.data.overlap import Overlap, question_text, words
+from trinity.evals.contamination import find_overlap
 
 LONG = "the old boat came into the harbour on a calm winter morning with a torn sail and no crew at all"
 
@@ -74,7 +75,7 @@ def test_coverage_is_that_of_sets_of_words(questions: list[list[str]], texts: li
 
 
 def test_texts_across_the_border_of_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trinity.evals.contamination._MOST_WORDS", 5)
+    monkeypatch.setattr("trinity.data.overlap._MOST_WORDS", 5)
     overlap = Overlap()
     overlap.add("bench", "1", LONG)
     overlap.read("corpus", "some words before " + LONG)

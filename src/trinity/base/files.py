@@ -1,6 +1,7 @@
 """Files that are either whole or absent: write aside, flush, rename."""
 
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -42,6 +43,19 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """One process at a time in a folder; the lock dies with the process. Raises UserError with `busy` for another."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(busy) from None
     finally:
         os.close(handle)
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from trinity.cli import cluster, corpus, exchange, models, rehearsing, runs, serving, training
+from trinity.cli import cluster, corpus, curating, exchange, models, rehearsing, runs, serving, training
 from trinity.cli.options import example
 
 app = typer.Typer(
@@ -50,6 +50,9 @@ def root(
 app.command("demo", epilog=example("trinity demo --run-dir demo"))(runs.demo)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
+app.command(
+    "curate", epilog=example("trinity curate recipe.toml --out curated", "trinity data prepare curated/data ...")
+)(curating.curate)
 app.command(
     "pretrain", epilog=example("trinity pretrain nano data.shards=shards data.tokenizer=tok --run-dir runs/nano")
 )(training.pretrain)
@@ -108,6 +111,10 @@ data_app.command(
         "trinity data traces sessions.jsonl --out chats.jsonl", "trinity data traces --generate 1000 --out chats.jsonl"
     ),
 )(corpus.traces)
+data_app.command(
+    "retrieval", epilog=example("trinity data retrieval --tokenizer tok --shards shards --out retrieval.jsonl")
+)(corpus.retrieval)
+data_app.command("join", epilog=example("trinity data join code/ --out repositories.jsonl --tokens 65536"))(corpus.join)
 data_app.command("verify", epilog=example("trinity data verify shards"))(corpus.verify)
 checkpoints_app.command("ls", epilog=example("trinity checkpoints ls runs/nano"))(runs.list_checkpoints)
 checkpoints_app.command("verify", epilog=example("trinity checkpoints verify runs/nano"))(runs.verify_checkpoints)

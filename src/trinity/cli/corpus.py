@@ -1,4 +1,4 @@
-"""Verbs of text and tokens: tokenizer train|show, data prepare|inspect|verify."""
+"""Verbs of text and tokens: tokenizer train|show, data prepare|inspect|verify|overlap|retrieval|join."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -191,6 +191,88 @@ def verify(directory: ShardsArgument, as_json: JsonOption = False) -> None:
     if failures:
         more = f" ({len(failures)} failures in all; --json lists them)" if len(failures) > 1 else ""
         raise UserError(f"{failures[0]}{more}")
+
+
+def retrieval(
+    tokenizer: TokenizerOption,
+    shards: Annotated[Path, typer.Option("--shards", help="Shards whose training texts are haystacks.", metavar="DIR")],
+    out: Annotated[Path, typer.Option("--out", help="File of JSON lines to write.", metavar="FILE")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a document.")] = 16384,
+    documents: Annotated[int, typer.Option(min=1, help="Number of documents.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed gives other documents.")] = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Setting as key=value, such as retrieval.density='[0.1, 0.3]'.", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write training documents that ask for what they said: facts in real text, questions and answers.
+
+    `data prepare FILE=retrieval` makes shards of them. Nothing in them meets the evaluation.
+    """
+    if out.exists() and not force:
+        raise UserError(f"{out} exists already; --force replaces it")
+    check_output(out.parent)
+    from trinity.base.console import Console
+    from trinity.config import resolve
+    from trinity.data.retrieval import LEAST_TOKENS, Hay, RetrievalDocuments, write_documents
+    from trinity.data.shards import Shards
+    from trinity.tokenizer import Tokenizer
+
+    if tokens < LEAST_TOKENS:
+        raise UsageError(f"--tokens {tokens} is too short for a fact and a question: use {LEAST_TOKENS} or more")
+    chosen = settings or []
+    if wrong := [text for text in chosen if not text.startswith("retrieval.")]:
+        raise UsageError(f"--set {wrong[0]} is no setting of retrieval documents: use retrieval.KEY=VALUE")
+    config, _ = resolve("demo", overrides=chosen)
+    words = Tokenizer.load(tokenizer)
+    store = Shards.open(shards / "train")
+    if store.tokenizer_fingerprint != words.fingerprint:
+        raise UserError(f"{store.directory} was made with another tokenizer than {tokenizer}")
+    made = RetrievalDocuments(words, Hay(store, words), config.retrieval, seed)
+    with Console().progress("Writing", total=documents, unit="documents") as progress:
+        write_documents(out, made, words, documents, tokens, progress.set)
+    if as_json:
+        print_json({"file": str(out), "documents": documents, "tokens": tokens, "fingerprint": made.fingerprint})
+    else:
+        print(f"{out}: {documents:,} documents of {tokens:,} tokens, fingerprint {made.fingerprint[:16]}")
+
+
+def join(
+    inputs: InputsArgument,
+    out: Annotated[Path, typer.Option("--out", help="File of JSON lines to write.", metavar="FILE")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a joined document at most.")] = 131_072,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Counts the tokens; without it four characters are one.")
+    ] = None,
+    parts: Annotated[int, typer.Option(min=1, help="Parts of a path that name its folder.")] = 1,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Join the files of each folder into long documents, as a repository reads: in the order of their paths.
+
+    `data prepare FILE=repositories` makes shards of them.
+    """
+    if out.exists() and not force:
+        raise UserError(f"{out} exists already; --force replaces it")
+    check_output(out.parent)
+    from trinity.data.corpus import read_documents
+    from trinity.data.join import join_documents, write_joined
+    from trinity.tokenizer import Tokenizer
+
+    counter = None if tokenizer is None else Tokenizer.load(tokenizer)
+
+    def size(text: str) -> int:
+        return len(text) // 4 + 1 if counter is None else len(counter.encode(text))
+
+    count = write_joined(out, join_documents(read_documents(inputs), size, tokens, parts))
+    if as_json:
+        print_json({"file": str(out), "documents": count})
+    else:
+        print(f"{out}: {count:,} documents")
 
 
 def overlap(

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -67,6 +67,38 @@ def override_eval(base: EvalConfig, overrides: Sequence[str]) -> tuple[EvalConfi
     except ValidationError as error:
         raise UsageError(_explain(error.errors()[0], sources)) from None
     return config, frozenset(key.removeprefix("eval.") for key in sources)
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def read_settings(schema: type[Settings], path: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Settings of another kind than a run's: a TOML file and key=value. Raises UsageError as `resolve` does."""
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, tree in ((str(path), _read_toml(path)), ("command line", _parse_overrides(overrides))):
+        _merge(merged, tree, schema, (), source, sources)
+    try:
+        return schema.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "extra_forbidden":  # of an entry of a list; others were found on the way here
+            keys = _keys_at(schema, first["loc"][:-1])
+            where, key = ".".join(str(part) for part in first["loc"][:-1]), str(first["loc"][-1])
+            raise UsageError(
+                f"{path}: {where} has no key {key!r}; it has {', '.join(keys)}{nearest(key, keys)}"
+            ) from None
+        raise UsageError(_explain(first, sources)) from None
+
+
+def _keys_at(schema: type[BaseModel], place: Sequence[int | str]) -> list[str]:
+    """Keys of the section at a place such as ("rephrase", 0)."""
+    for part in place:
+        if isinstance(part, str):
+            annotation = schema.model_fields[part].annotation
+            arguments = typing.get_args(annotation)
+            schema = _section(annotation) or next(s for a in arguments if (s := _section(a)))
+    return list(schema.model_fields)
 
 
 def to_toml(config: RunConfig) -> str:

@@ -9,13 +9,12 @@
 Steps 2 and 4 commit files for each unit, their records under `OUT/.work`; what is committed is not done again.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from trinity.base.errors import UsageError, UserError
-from trinity.base.files import read_json, write_json
+from trinity.base.files import locked, read_json, write_json
 from trinity.data.corpus import Input, Listing, cut_file, list_files
 from trinity.data.duplicates import choose_kept
 from trinity.data.readers import Columns
@@ -124,7 +123,8 @@ def prepare(
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out), ExitStack() as stack:
+        busy = f"another process is preparing {out}; wait for it or name another directory"
+        with locked(out, busy), ExitStack() as stack:
             if _claim(out, plan, force):
                 return _read_result(out)
             _remove_partial_files(out)
@@ -181,19 +181,6 @@ def _units(listing: Listing, unit_bytes: int | None) -> list[Unit]:
     if pieces:
         units.append(Unit(len(units), tuple(pieces)))
     return units
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One `prepare` at a time in a directory; the lock dies with the process."""
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"another process is preparing {out}; wait for it or name another directory") from None
-    finally:
-        os.close(handle)
 
 
 def _claim(out: Path, plan: dict[str, Any], force: bool) -> bool:

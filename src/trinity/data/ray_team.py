@@ -18,12 +18,24 @@ LOCAL = "local"
 def ray_team(address: str, workers: int | None) -> Iterator[RunJobs]:
     """Gives what runs jobs on the cluster at `address`, as `team.run_jobs` does in processes of this machine.
 
-    `address` is "auto", HOST:PORT or ray://HOST:PORT, or "local" for a cluster of this machine alone that ends with the
-    call. A task takes one CPU; at most `workers` run at a time (None: as many as there are CPUs). A task whose worker
-    or node dies is run again elsewhere. Every node must see the same files under the same paths and have this package.
-
-    Raises UserError without the package `ray` and when no cluster answers.
+    A task takes one CPU; at most `workers` run at a time (None: as many as there are CPUs). A task whose worker or node
+    dies is run again elsewhere. Address, needs and errors: `ray_cluster`.
     """
+    with ray_cluster(address, workers) as ray:
+        yield lambda function, jobs, shared: _run_jobs(ray, function, jobs, shared, workers)
+
+
+@contextmanager
+def ray_cluster(address: str, workers: int | None, **local: Any) -> Iterator[Any]:
+    """The module `ray`, connected, with `ray.data`.
+
+    `address` is "auto", HOST:PORT or ray://HOST:PORT, or "local" for a cluster of this machine alone that ends with the
+    call, has `workers` CPUs and further arguments of `ray.init`; a process that is connected already stays so. Every
+    node must see the same files under the same paths and have this package. Raises UserError without the package `ray`
+    and when no cluster answers.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it reports on itself in red where nothing is wrong
     try:
         import ray  # pyright: ignore[reportMissingImports]
         import ray.data  # pyright: ignore[reportMissingImports]
@@ -31,13 +43,16 @@ def ray_team(address: str, workers: int | None) -> Iterator[RunJobs]:
         raise UserError("running on Ray needs the package ray: pip install 'trinity-moe[ray]'") from None
     _check_reachable(address)
     environment = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}  # one thread for each worker
-    options: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False} if address == LOCAL else {}
+    if ray.is_initialized():  # this process has its cluster already
+        yield ray
+        return
+    options: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, **local} if address == LOCAL else {}
     try:
         ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}") from None
     try:
-        yield lambda function, jobs, shared: _run_jobs(ray, function, jobs, shared, workers)
+        yield ray
     finally:
         ray.shutdown()
 

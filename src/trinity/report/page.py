@@ -14,6 +14,7 @@ from typing import Any
 from trinity import __version__
 from trinity.base.files import atomic_write
 from trinity.report import charts, tables
+from trinity.report.curation import CURATED, write_curation
 from trinity.report.read import Run, read_run
 
 SECTIONS = (
@@ -31,12 +32,14 @@ SECTIONS = (
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into a run directory or a pipeline directory; returns its path.
+    """Write `report.html` into a run directory, a pipeline directory or a curation; returns its path.
 
     Works on unfinished, killed and damaged runs: what is missing is named on the page. An earlier report of the same
     directory is replaced. Raises UserError when the directory holds no run.
     """
     run_dir = Path(run_dir)
+    if (run_dir / CURATED).exists():
+        return write_curation(run_dir)
     html = render(read_run(run_dir))
     path = run_dir / "report.html"
     with atomic_write(path, "w") as file:
