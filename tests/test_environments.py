@@ -235,15 +235,15 @@ def test_every_mistake_is_noticed_and_nothing_else(maker, sandbox: Sandbox) -> N
 def test_the_oracle_solves_and_idleness_does_not(sandbox: Sandbox) -> None:
     environment = Repository(sandbox, 5)
     kinds = set()
-    for number in range(12):
-        row = environment.row(number, held_out=number % 5 == 4)
+    for number in range(5):
+        row = environment.row(number, held_out=number == 4)
         kinds.add(row.info["bug"]["kind"])
         done = rollout(environment, row, Oracle(row, Random(number)))
         assert done.scores.total == 1.0
         assert done.attempt.finished
         idle = rollout(environment, row, Script("All is well."))
         assert (idle.scores.total, idle.turns) == (0.0, 1)
-    assert len(kinds) >= 4
+    assert len(kinds) >= 3
 
 
 def test_edits_stand_once_in_their_file() -> None:
