@@ -20,25 +20,18 @@ from trinity.export.afmoe import write_model
 from trinity.model.transformer import Transformer
 from trinity.ops.cross_entropy import token_logprobs_and_entropies
 from trinity.optim.schedule import StepPlan
-from trinity.rl.environments.code_tasks import CodeTasks
-from trinity.rl.environments.questions import Instructions, WordProblems
-from trinity.rl.environments.repository import Repository
 from trinity.rl.loss import policy_loss
-from trinity.rl.played import EnvironmentTasks
 from trinity.rl.rewards import exact_integer
 from trinity.rl.rollout import Rollouts, Scorer
 from trinity.rl.rows import PolicyRows, ReplayRows
 from trinity.rl.sample import Sampler, Task
 from trinity.rl.samplers import CopySampler, LiveSampler
-from trinity.rl.sandbox.pool import Sandbox
 from trinity.rl.server import ServerSampler
 from trinity.stages.evaluations import arithmetic_evaluation, sample_evaluation
+from trinity.stages.rl_tasks import EnvironmentTasks, TaskSource, named_tasks
 from trinity.stages.setup import SILENT, Stage, StageResult, open_stage, run_stage
 from trinity.train.job import Evaluation, Outcome, Progress, TrainJob
 from trinity.train.losses import Batch, LossOutput, Share
-
-TaskSource = Callable[[int, int], Task]
-"""(number, attempt) -> the task; the same one for the same numbers, on every rank and after every resumption."""
 
 
 def run(
@@ -76,7 +69,10 @@ def run(
     if settings.server and stage.sharding is not None:
         raise UsageError("rl.server is synced by one process: start without torchrun, or sample natively")
     with ExitStack() as stack:
-        return _run(stage, environment or _named(settings.environment, stack), progress)
+        if environment is None:
+            named = settings.environment != "arithmetic"
+            environment = (lambda opened: named_tasks(opened, stack)) if named else arithmetic_tasks
+        return _run(stage, environment, progress)
 
 
 def _run(stage: Stage, environment: Callable[[Stage], TaskSource], progress: Progress) -> StageResult:
@@ -119,25 +115,6 @@ def arithmetic_tasks(stage: Stage) -> TaskSource:
     return task
 
 
-def _named(name: str, stack: ExitStack) -> Callable[[Stage], TaskSource]:
-    """The environment that `rl.environment` names; its sandbox is closed with `stack`."""
-    if name == "arithmetic":
-        return arithmetic_tasks
-
-    def build(stage: Stage) -> TaskSource:
-        settings, seed = stage.config.rl, derive(stage.config.runtime.seed, "rl")
-        if name in ("word-problems", "instructions"):
-            if not settings.questions:
-                raise UsageError(f"rl.environment = {name} needs its questions: rl.questions=FILE.jsonl")
-            kind = WordProblems if name == "word-problems" else Instructions
-            return EnvironmentTasks(kind(Path(settings.questions), seed), stage.tokenizer)
-        sandbox = stack.enter_context(Sandbox())
-        kind = CodeTasks if name == "code" else Repository
-        return EnvironmentTasks(kind(sandbox, seed), stage.tokenizer)
-
-    return build
-
-
 def _held_out_rewards(stage: Stage, source: EnvironmentTasks, rollouts: Rollouts) -> Evaluation:
     """`score` records: the mean reward of one sampled answer to each of `held_out_tasks` tasks that training never
     meets, before the first step, every `eval_every` steps and at the end."""
@@ -146,7 +123,7 @@ def _held_out_rewards(stage: Stage, source: EnvironmentTasks, rollouts: Rollouts
     def run(_model: nn.Module, _step: int) -> Outcome:
         numbers = range(stage.config.rl.held_out_tasks)
         samples = rollouts.play(
-            [source.task(number, held_out=True) for number in numbers], [derive(seed, number) for number in numbers]
+            [source.held_out(number, 0) for number in numbers], [derive(seed, number) for number in numbers]
         )
         rewards = np.array([sample.reward for sample in samples])
         score = {
@@ -154,7 +131,7 @@ def _held_out_rewards(stage: Stage, source: EnvironmentTasks, rollouts: Rollouts
             "standard_error": float(rewards.std() / len(rewards) ** 0.5),
             "samples": len(rewards),
         }
-        return Outcome([{"kind": "score", "name": source.environment.name, **score}])
+        return Outcome([{"kind": "score", "name": source.name, **score}])
 
     return Evaluation(run, stage.settings.eval_every, at_start=True)
 
