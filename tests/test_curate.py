@@ -299,7 +299,7 @@ def test_code_needs_a_sandbox_and_is_judged_by_its_tests(tmp_path: Path) -> None
         config = recipe_for(inputs, server.url, rephrase=[{"recipe": "code"}])
         with pytest.raises(UserError, match=r"the recipe code runs programs .* needs a sandbox"):
             curate(config, tmp_path / "out")
-        found = curate(config, tmp_path / "out", runner=Trusting())
+        found = curate(config, tmp_path / "out", make_runner=Trusting)
         odd = sum(body["seed"] % 2 for body in server.bodies)
         assert server.calls == 6
     assert stage(found, "validate") == (6, 6 - odd, {"the tests fail": odd} if odd else {})
