@@ -116,7 +116,7 @@ def _quality(
         "planted": len(similarity),
         "planted_at_threshold": len(wanted),
         "recall": len(hit) / max(1, len(wanted)),
-        "dropped": int(len(dropped)),
+        "dropped": len(dropped),
         "precision": len(right) / max(1, len(dropped)),
         "precision_of_families": float(np.mean([family[i] == family[keeper[i]] for i in dropped]))
         if len(dropped)

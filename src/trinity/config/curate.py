@@ -23,6 +23,8 @@ class InputConfig(Frozen):
     """Column of the domain in jsonl and parquet."""
     share: Share = 1.0
     """Part of the documents that is taken, by the hash of their text."""
+    val_fraction: Share = 0.0
+    """Leaves out what `data prepare` holds out of the same inputs at this fraction: no rewrite of it gets into training."""
     block_bytes: PositiveInt = 1 << 20
     """Text of one block, the unit of work and of commitment; stretches that cannot be cut make larger ones."""
 
