@@ -7,9 +7,8 @@ direct: `LLM.chat` over all of them in one call, in a process of its own;
 served: `trinity curate` with vLLM's server as its endpoint: asking, journal, checks and committed blocks included;
 in Ray: `trinity curate` with the backend vllm, where `ray.data.llm` is installed.
 Speeds are generated tokens over seconds, from the first request to the last answer, after a warm-up; starting an engine
-is left out of all. Without Ray the graph's functions run in threads of this process. Texts are random to a model that
-was not trained on the task, so `--ignore-eos` style lengths are not forced: each answer ends as it does, by the same
-seeds in all three.
+is left out of the first two. There the graph's functions run in threads of this process, so that Ray is not needed. Each
+answer ends as the model ends it, under the same seeds in all three.
 """
 
 import argparse
@@ -24,7 +23,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +118,13 @@ def bodies(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         pass
 
     class Collect(Threads):
-        def ask(self, blocks: Sequence[int], config: CurateConfig, endpoints: Any, work: Path, *rest: Any) -> Any:
+        def ask(self, blocks, config, endpoints, work, retry, purse, finish, shared) -> Iterator[Any]:
             for block in blocks:
-                found.extend(request.body(config) for request in open_requests(work, block, config, False))
+                found.extend(request.body(config) for request in open_requests(work, block, config, retry))
             raise Stop
 
-    with using(Collect()):
-        try:
-            run.curate(config, folder)
-        except Stop:
-            pass
+    with using(Collect()), suppress(Stop):
+        run.curate(config, folder)
     return found
 
 
@@ -231,8 +227,7 @@ def served(options: argparse.Namespace, asked: list[dict[str, Any]], folder: Pat
 
 
 def in_ray(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The pipeline with engines inside Ray; seconds with starting the engine, and without by the engine's own account
-    being unknown, are given as they are: the whole call."""
+    """The pipeline with engines inside Ray: the whole call, with starting Ray and the engine."""
     start = time.perf_counter()
     found = run.curate(recipe(options, "vllm"), folder)
     return {**_figures(found, time.perf_counter() - start), "with_engine_start": True}

@@ -29,7 +29,8 @@ def measure(run: Path) -> Figures | None:
     - batch_het: mean over `late` of the largest micro-batch loss minus the mean one.
     - loss_variance: over `late`, half the variance of the step-to-step differences of the training cross-entropy. Of
       independent noise around a slow trend that is the noise's variance.
-    - final_loss: held-out loss after the last step. bits_per_byte:DOMAIN: of each domain's held-out text then. tokens_per_second: median over `late`.
+    - final_loss: held-out loss after the last step. tokens_per_second: median over `late`.
+    - bits_per_byte:DOMAIN: of each domain's held-out text after the last step.
     - max_vio, max_vio_last: mean over layers and steps of max n / mean n - 1, over `late` and over `last`.
     - bias_std: over `last`, the standard deviation in time of each expert's bias, averaged over experts and layers.
     - bias_oscillation: the same after each expert's straight line over `last` is taken off, so that a steady drift does
