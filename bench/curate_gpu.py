@@ -7,8 +7,8 @@ direct: `LLM.chat` over all of them in one call, in a process of its own;
 served: `trinity curate` with vLLM's server as its endpoint: asking, journal, checks and committed blocks included;
 in Ray: `trinity curate` with the backend vllm, where `ray.data.llm` is installed.
 Speeds are generated tokens over seconds, from the first request to the last answer, after a warm-up; starting an engine
-is left out of the first two. There the graph's functions run in threads of this process, so that Ray is not needed. Each
-answer ends as the model ends it, under the same seeds in all three.
+is left out of the first two. There the graph's functions run in threads of this process, so that Ray is not needed;
+each answer ends as the model ends it, under the same seeds in all three.
 """
 
 import argparse

@@ -17,7 +17,9 @@ in OUT: the same command goes on where the last one was stopped, by --minutes or
 """
 
 import argparse
+import gc
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -39,6 +41,7 @@ from trinity.data.halves import Half
 from trinity.data.shards import Shards
 from trinity.evals import run_suite
 from trinity.infer.load import load
+from trinity.report import write_report
 from trinity.stages import extend, pretrain
 from trinity.stages.evaluations import haystack
 
@@ -75,10 +78,10 @@ def run_parts(options: argparse.Namespace, results: dict[str, Any], keep: Any) -
             config = run_config(options, variant, seed, options.lengths[0])
             done = results.setdefault("runs", {}).setdefault(f"{variant}/{seed}", {})
             if "pretrain" in options.parts and "pretrain" not in done:
-                started = time.perf_counter()
+                started = begin()
                 if not pretrain.run(config, base).train.finished:
                     return False
-                done["pretrain"] = figures(base, config, time.perf_counter() - started)
+                done["pretrain"] = {**figures(base, config, time.perf_counter() - started), **memory()}
                 keep()
             for length in options.lengths:
                 if not _extend_and_evaluate(options, variant, seed, length, done, keep):
@@ -93,10 +96,11 @@ def _extend_and_evaluate(
     config = run_config(options, variant, seed, length)
     run = options.out / f"{base.name}-{length}"
     if "extend" in options.parts and f"extend-{length}" not in done:
-        started = time.perf_counter()
+        started = begin()
         if not extend.run(config, run, start_from=base).train.finished:
             return False
-        done[f"extend-{length}"] = figures(run, config, time.perf_counter() - started)
+        done[f"extend-{length}"] = {**figures(run, config, time.perf_counter() - started), **memory()}
+        shutil.copy(write_report(run), options.out / f"{run.name}.html")
         keep()
     if "evaluate" in options.parts:
         for name, folder in ((f"evaluate-{length}", run), ("evaluate-base", base)):
@@ -107,20 +111,33 @@ def _extend_and_evaluate(
 
 
 def evaluate(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Needles of every task, and bits per byte by position, of the model that a run ended with."""
-    model, tokenizer = load(folder, dtype=config.runtime.dtype)
+    """Bits per byte by position, many MK-NIAH questions and some of every other task, of the model a run ended with."""
+    model, tokenizer = load(folder, device=config.runtime.device, dtype=config.runtime.dtype)
     shards = Shards.open(Path(config.data.shards) / "val")
-    tasks = ("multikey", "single", "multivalue", "multiquery", "tracking")
-    settings = config.eval.model_copy(
-        update={"niah_tasks": tasks, "niah_samples": 2 * config.eval.niah_samples, "niah_reuse": True}
-    )
-    started = time.perf_counter()
     hay = haystack(shards, tokenizer, Half.EVALUATION)
-    names = ["positions", "niah"]
-    found: dict[str, Any] = run_suite(
-        model, tokenizer, settings, names=names, shards=shards, rows_per_domain=64, haystack=hay, seed=1
+    started = time.perf_counter()
+    many = config.eval.model_copy(update={"niah_samples": 5 * config.eval.niah_samples})
+    few = config.eval.model_copy(
+        update={"niah_tasks": ("single", "multivalue", "multiquery", "tracking"), "niah_depths": 3}
     )
+    shared: dict[str, Any] = {"shards": shards, "rows_per_domain": 64, "haystack": hay, "seed": 1}
+    found: dict[str, Any] = run_suite(model, tokenizer, many, names=["positions", "niah"], **shared)
+    found["other_tasks"] = run_suite(model, tokenizer, few, names=["niah"], **shared)["niah"]
     return {**found, "haystack": hay.kind, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def begin() -> float:
+    """The time; what an earlier part left on the device is gone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return time.perf_counter()
+
+
+def memory() -> dict[str, float | None]:
+    cuda = torch.cuda.is_available()
+    return {"peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else None}
 
 
 def machine() -> dict[str, Any]:

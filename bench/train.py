@@ -131,6 +131,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="of forward and backward alone")
     parser.add_argument("--check-layers", type=int, default=5)
     parser.add_argument("--shards", type=Path, help="real rows instead of made-up documents")
+    parser.add_argument("--whole-rows", action="store_true", help="made-up documents as long as the rows")
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--torchtitan", type=Path, help="directory with the package torchtitan 0.2.2")
     parser.add_argument("--device", default="cuda")

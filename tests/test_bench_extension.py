@@ -39,7 +39,8 @@ def test_every_part_runs_and_is_not_repeated(tmp_path: Path) -> None:
         assert set(parts) == {"pretrain", "extend-1024", "evaluate-1024", "evaluate-base"}
         assert parts["extend-1024"]["tokens"] == 8192
         assert {cell["length"] for cell in parts["evaluate-1024"]["niah"]["grid"]} == {512, 1024, 2048}
-        assert len(parts["evaluate-1024"]["niah"]["tasks"]) == 5
+        assert list(parts["evaluate-1024"]["niah"]["tasks"]) == ["multikey"]
+        assert len(parts["evaluate-1024"]["other_tasks"]["tasks"]) == 4
         assert parts["evaluate-1024"]["positions"]["domains"]
         assert [record["step"] for record in parts["extend-1024"]["niah"]] == [0, 2]
     again = call(tmp_path, "--variants", "3to1", "nope", "--parts", "pretrain", "extend", "evaluate")

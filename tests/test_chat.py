@@ -90,3 +90,37 @@ def test_a_caller_who_stops_listening_keeps_what_came(model: Transformer, tokeni
     assert session.messages[-1]["content"].startswith(first)
     list(session.send("sat"))
     assert len(session.messages) == 4
+
+
+def test_a_turn_reads_only_what_is_new(model: Transformer, tokenizer: Tokenizer) -> None:
+    """And answers as if it had read everything."""
+    session = ChatSession(model, tokenizer, system="the cat sat on the mat", params=GREEDY)
+    fed: list[list[int]] = []
+    for turn in range(2):
+        seen: list[tuple[int, int]] = []
+        answer = "".join(session.send("the mat", lambda done, total, seen=seen: seen.append((done, total))))
+        fed.append([done for done, _ in seen])
+        assert seen[-1][0] == seen[-1][1]
+        assert session._last is not None
+        request = session._last.request
+        assert session.dropped == 0
+        params = SamplingParams(temperature=0.0, max_new_tokens=12, stop_ids=tuple(tokenizer.stop_ids))
+        (whole,) = Engine(model, tokenizer).generate([request.prompt], params)
+        assert whole.text == answer
+        text = tokenizer.render_chat(session.messages[: 2 + 2 * turn], add_generation_prompt=True)
+        assert tokenizer.decode(request.prompt) == text
+    assert fed[0][0] == 0
+    assert fed[1][0] > fed[0][-1]  # the first prompt and most of the answer
+    session.reset()
+    assert session._engine.cache.used_bytes == 0
+
+
+def test_a_turn_that_nobody_heard_to_its_end_is_gone_on_from(model: Transformer, tokenizer: Tokenizer) -> None:
+    session = ChatSession(model, tokenizer, params=GREEDY)
+    first = session.send("the cat")
+    next(first)
+    list(session.send("the mat"))
+    first.close()
+    assert session.finish == "cancelled"
+    session.reset()
+    assert list(session.send("the cat"))

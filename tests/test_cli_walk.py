@@ -111,7 +111,7 @@ def test_the_whole_path(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "model", "--task", "niah", "--set", "eval.niah_samples=1"]) == 0
     output = capsys.readouterr()
     assert "512 positions" in output.err  # the default lengths are longer: said, not done in silence
-    assert "at 512 tokens" in output.out
+    assert "multikey, at 512 tokens" in output.out
     assert main(["rl", "--from", "runs/chat", "--run-dir", "runs/rl", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["finished"] is True
     assert main(["import", "model", "--out", "runs/imported"]) == 0

@@ -21,6 +21,7 @@ from trinity.model.transformer import Transformer
 
 GOLDEN = Path(__file__).parent / "golden"
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12)
+SHORT = SamplingParams(temperature=0.0, max_new_tokens=5)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,46 @@ def test_batches_with_continuous_admission_equal_generation_alone(
             logprobs = model(whole)[0].log_softmax(-1)[len(prompt) - 1 : -1]
         expected = logprobs.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
         assert torch.tensor(completion.logprobs) == pytest.approx(expected.numpy(), abs=2e-5)
+
+
+@settings(max_examples=5, deadline=None)
+@given(data=st.data())
+def test_a_request_that_goes_on_reads_only_what_is_new(models: dict[str, Transformer], data: st.DataObject) -> None:
+    """Turns of any length, ended by length, stop token or cancelling (also while the prompt is read), beside others."""
+    model = models[data.draw(st.sampled_from("AB"))]
+    vocab, window = model.config.vocab_size, model.config.window
+    engine = Engine(model, max_batch=2, prefill_chunk=data.draw(st.sampled_from([3, 100])), block=4)
+    rows: list[int] = []
+    before = None
+    for turn in range(data.draw(st.integers(2, 3))):
+        rows = rows + tokens(data.draw(st.sampled_from([1, 2, window, 2 * window + 1])), vocab, turn)
+        other = engine.submit(tokens(5, vocab, 50 + turn), SHORT) if data.draw(st.booleans()) else None
+        held = [] if before is None else before.cached
+        request = engine.submit(rows, SHORT, keep=True, follow=before)
+        assert request.fed == len(held)
+        steps = data.draw(st.sampled_from([0, 1, 3, 100]))
+        while not request.done and steps:
+            engine.step()
+            steps -= 1
+        engine.cancel(request)
+        (alone,) = Engine(model).generate([rows], SHORT)
+        found = request.completion.tokens
+        assert found == alone.tokens[: len(found)]
+        if other is not None:
+            engine.cancel(other)
+        rows = rows + found
+        before = request
+    assert before is not None
+    assert engine.cache.used_bytes > 0 or not before.cached
+    # Another beginning: nothing can be used, and nothing stays.
+    changed = [(rows[0] + 1) % vocab, *rows[1:]]
+    request = engine.submit(changed, SHORT, follow=before)
+    assert request.fed == 0
+    while not request.done:
+        engine.step()
+    assert request.completion.tokens == Engine(model).generate([changed], SHORT)[0].tokens
+    assert engine.cache.used_bytes == engine.num_running == engine.num_waiting == 0
+    assert all(len(Engine.generate(engine, [changed[:3]] * 3, SHORT)) == 3 for _ in range(2))  # both slots are free
 
 
 def test_chosen_experts_are_those_of_the_full_forward(models: dict[str, Transformer]) -> None:

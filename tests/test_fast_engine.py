@@ -140,6 +140,27 @@ def test_a_step_is_under_way_when_tokens_are_read(model: Transformer) -> None:
 
 
 @pytest.mark.slow  # in the interpreter
+def test_a_request_goes_on_behind_a_step_that_ran_ahead(model: Transformer) -> None:
+    """The answer ends while another step is under way, whose token lies in the cache and counts for nothing."""
+    engine = Engine(model, max_batch=1, path="fast", block=2)
+    rows = tokens(11, 0)
+    stop = Engine(model, path="reference").generate([rows], SamplingParams(temperature=0.0, max_new_tokens=5))[0]
+    params = SamplingParams(temperature=0.0, max_new_tokens=8, stop_ids=(stop.tokens[2],))
+    before = engine.submit(rows, params, keep=True)
+    while not before.done:
+        engine.step()
+    assert engine._ahead is not None
+    assert engine._ahead.num_launched == 1
+    longer = rows + before.completion.tokens + tokens(3, 1)
+    request = engine.submit(longer, params, follow=before)
+    assert request.fed == len(rows) + len(before.completion.tokens) - 1
+    while not request.done:
+        engine.step()
+    (alone,) = Engine(model, path="reference").generate([longer], params)
+    assert request.completion.tokens == alone.tokens
+
+
+@pytest.mark.slow  # in the interpreter
 def test_the_cache_may_move_and_the_weights_may_change_between_steps(model: Transformer) -> None:
     other = Transformer(TINY)
     other.load_state_dict(model.state_dict())

@@ -9,6 +9,8 @@ from test_train_gpu import gpu_job
 from trainbench.check import differences, gradients, within
 from trainbench.shapes import made_up_rows
 from trinity.config import RunConfig, resolve
+from trinity.data.rows import to_device
+from trinity.model import layout
 from trinity.model.transformer import Transformer
 from trinity.ops.experts import reference_experts, sort_by_expert
 from trinity.train import TrainJob, language_model_loss
@@ -106,3 +108,18 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zero() -> None:
     (d_gate_up,) = torch.autograd.grad(Experts.apply(*leaves, *sort_by_expert(indices, E)), gate_up, up)
     assert not d_gate_up[0].any()
     assert not d_gate_up[-1].any()
+
+
+def test_masks_of_long_rows_are_those_of_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two ways to make a GPU's masks, on the same rows: outputs of the whole model."""
+    device, rows = torch.device("cuda", 0), made_up_rows(2, 256, 512, seed=1)
+    with device:
+        model = Transformer(config().model)
+    model.init_weights(0)
+    model.to(torch.bfloat16)
+    batch, found = to_device(rows, device), []
+    for limit in (layout.LONG_ROWS, 128):
+        monkeypatch.setattr(layout, "LONG_ROWS", limit)
+        with torch.no_grad():
+            found.append(model.features(batch.tokens_BT, batch.segments_BT, batch.positions_BT).x_BTD.float())
+    torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=2e-2)

@@ -92,7 +92,7 @@ def test_experts(dtype: torch.dtype, tolerance: float) -> None:
         (leaf(E, D, F, seed=2, dtype=dtype).detach() / 4).requires_grad_(),
     )
     assert_same(
-        lambda x, w, gate_up, down: experts.Experts.apply(x, w, gate_up, down, *order),
+        lambda x, w, gate_up, down: experts.Experts.apply(x, w, gate_up, down, *order, False),
         lambda x, w, gate_up, down: reference_experts(x, indices, w, gate_up, down),
         leaves,
         tolerance,

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
+from trinity.model.layout import document_starts, key_ranges
 from trinity.ops.attention import visible
 from trinity.ops.key_ranges import KeyRanges, dense_range_plan, fast_range_plan, range_block_mask
 from trinity.parallel.context import _window_ranges
@@ -42,6 +43,15 @@ def test_ranges_of_a_part_see_what_the_row_sees(ranks: int, size: int, order, wi
         assert torch.equal(local.seen(), expected)
         everything = KeyRanges(begin[:, here], here, split.seq_len)
         assert torch.equal(everything.seen(), visible(here, row, None, segments[:, here], segments))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 200), st.integers(1, 90), st.integers(0, 10**6))
+def test_ranges_of_whole_rows_see_what_the_rule_says(num_rows: int, seq_len: int, window: int, seed: int) -> None:
+    segments, row = segments_of(seed, num_rows, seq_len), torch.arange(seq_len)
+    starts = document_starts((num_rows, seq_len), segments, segments.device)
+    for reach in (window, None):
+        assert torch.equal(key_ranges(starts, reach).seen(), visible(row, row, reach, segments, segments))
 
 
 @settings(max_examples=40, deadline=None)

@@ -4,6 +4,8 @@ import hashlib
 import json
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from test_export import SMALL, random_model
 from trinity.base.errors import UserError
 from trinity.config import RunConfig, TokenizerConfig, resolve, to_toml
 from trinity.export.afmoe import export_afmoe
-from trinity.infer.load import load, load_model
+from trinity.infer.load import load, load_model, weights
 from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer, train_tokenizer
 
@@ -177,3 +179,34 @@ def test_the_public_functions(exported: Path) -> None:
         trinity.generate(model, tokenizer, "x", temprature=1.0)
     with pytest.raises(UserError, match="single prompt"):
         trinity.generate(model, tokenizer, ["x"], on_text=print)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "fp8-block"])
+def test_a_released_model_streams_into_weights_that_are_there(dtype: str, tmp_path: Path) -> None:
+    """As into the shards of many ranks: at no time more than two of our tensors are alive beside the model."""
+    source = random_model(SMALL)
+    export_afmoe(source, SMALL, None, tmp_path / "model", dtype=dtype, max_shard_bytes=30_000)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 3
+    config, tensors = weights(tmp_path / "model", dtype="float32")
+    sizes: list[int] = []
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def watched() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal most
+        for name, tensor in tensors:
+            sizes.append(tensor.nbytes)
+            alive.append(weakref.ref(tensor))
+            most = max(most, sum(t.nbytes for ref in alive if (t := ref()) is not None))
+            yield name, tensor
+            del tensor
+
+    model = Transformer(config)
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in watched():
+            own[name].copy_(tensor)
+    assert most <= 2 * max(sizes) < sum(sizes) / 2
+    expected = load_model(tmp_path / "model", device="cpu", dtype="float32").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name

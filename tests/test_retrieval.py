@@ -1,5 +1,6 @@
 """Training documents about retrieval: exact lengths, answers that stand in the text, and nothing of the evaluation."""
 
+import json
 import re
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from stage_fixtures import write_inputs
 from trinity.base.errors import UserError
 from trinity.base.rng import Draws
+from trinity.cli.main import main
 from trinity.config import EvalConfig, RetrievalConfig
 from trinity.config.run import Retrieval
 from trinity.data import retrieval_texts
@@ -169,3 +171,39 @@ def test_a_store_without_text_is_refused(parts):
 
     with pytest.raises(UserError, match="haystack"):
         Hay(Empty(), parts[1])  # pyright: ignore[reportArgumentType]
+
+
+def test_the_command_line_writes_documents_that_prepare_reads(parts, tmp_path, capsys):
+    folder, tokenizer = parts[0], parts[1]
+    out = tmp_path / "retrieval.jsonl"
+    command = ["data", "retrieval", "--tokenizer", str(folder / "tokenizer"), "--shards", str(folder / "shards")]
+    more = ["--tokens", "300", "--documents", "5", "--set", "retrieval.density=[0.3, 0.5]"]
+    assert main([*command, "--out", str(out), *more]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["0", "1", "2", "3", "4"]
+    assert all(len(tokenizer.encode(line["text"])) > 250 and line["answers"] for line in lines)
+    assert all(answer in line["text"] for line in lines for answer in line["answers"])
+    assert main([*command, "--out", str(out), *more]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path / "no"), "--tokens", "9"]) == 2
+    prepared = ["data", "prepare", f"{out}=retrieval", "--tokenizer", str(folder / "tokenizer"), "--workers", "1"]
+    assert main([*prepared, "--no-quality", "--val-fraction", "0", "--out", str(tmp_path / "shards")]) == 0
+    assert Shards.open(tmp_path / "shards" / "train").num_documents == 5
+
+
+def test_files_of_a_folder_become_one_document(tmp_path):
+    for name, text in (
+        ("one/b.py", "b = 2"),
+        ("one/a.py", "a = 1"),
+        ("two/c.py", "c = 3"),
+        ("two/d.py", "d = 4 " * 50),
+    ):
+        path = tmp_path / "code" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    out = tmp_path / "joined.jsonl"
+    assert main(["data", "join", str(tmp_path / "code"), "--out", str(out), "--tokens", "40"]) == 0
+    texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+    assert texts[0] == "=== one/a.py ===\na = 1\n\n=== one/b.py ===\nb = 2"
+    assert len(texts) == 3
+    assert texts[2].startswith("=== two/d.py ===")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from trinity.rl.loss import group_advantages, informative, length_factors, overlong_penalty, policy_loss
+from trinity.rl.loss import Normalise, group_advantages, informative, length_factors, overlong_penalty, policy_loss
 from trinity.rl.rewards import exact_integer, read_integer
 
 
@@ -86,7 +87,7 @@ def test_each_normalisation_is_the_mean_that_it_names(lengths, seed):
     """The step divides the sum over tokens by their number; with the factors that becomes each published form."""
     generator = torch.Generator().manual_seed(seed)
     losses = [torch.randn(n, generator=generator, dtype=torch.float64) for n in lengths]
-    expected = {
+    expected: dict[Normalise, Tensor] = {
         "token": torch.cat(losses).mean(),
         "answer": torch.stack([part.mean() for part in losses]).mean(),
         "constant": torch.cat(losses).sum() / (len(lengths) * 20),

@@ -292,7 +292,7 @@ for pid in ({victim.pid}, {os.getpid()}, 0x7fffffff):
 def test_killing_everything_in_sight(sandbox: Sandbox) -> None:
     """kill(-1) and kill(1): only its own children are there to be hit, and process 1 does not hear it."""
     outcome = sandbox.run(
-        "import os\nos.kill(1, 9)\ntry:\n    os.kill(-1, 9)\nexcept OSError:\n    pass\nprint('alive')"
+        "import os\nfor n in range(1, 65):\n    os.kill(1, n)\ntry:\n    os.kill(-1, 9)\nexcept OSError:\n    pass\nprint('alive')"
     )
     assert said(outcome) == "alive"
 
@@ -426,6 +426,32 @@ for name, entry in {DANGEROUS!r}.items():
     assert said(sandbox.run(attack)) == ""
 
 
+def test_filters_on_sockets(sandbox: Sandbox) -> None:
+    """Classic BPF on a socket would be compiled in the kernel."""
+    attack = """
+import ctypes, socket
+steps = (ctypes.c_uint64 * 1)(0x0000FFFF00000006)
+wanted = (1).to_bytes(8, "little") + ctypes.addressof(steps).to_bytes(8, "little")
+a, b = socket.socketpair()
+a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+try:
+    a.setsockopt(socket.SOL_SOCKET, 26, wanted)
+    print("attached")
+except OSError as error:
+    print(error.errno)
+"""
+    assert outside(attack).stdout.strip() == "attached"
+    assert said(sandbox.run(attack)) == "1"
+
+
+def test_crashes_start_no_handler(sandbox: Sandbox) -> None:
+    """Where a program handles core files, the kernel would run it as root; a limit of one byte keeps it from that."""
+    look = "import resource; print(resource.getrlimit(resource.RLIMIT_CORE))"
+    assert said(sandbox.run(look)) == "(1, 1)"
+    outcome = sandbox.command(["python", "-c", "import ctypes; ctypes.string_at(0)"])
+    assert outcome.status == -signal.SIGSEGV
+
+
 def test_new_namespaces_by_clone(sandbox: Sandbox) -> None:
     attack = (
         SYSCALL
@@ -467,6 +493,11 @@ print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(
 def test_raising_limits(sandbox: Sandbox) -> None:
     attack = """
 import resource
+try:
+    resource.prlimit(1, resource.RLIMIT_NOFILE, (0, 0))
+    print("limited process 1")
+except OSError:
+    pass
 for name in ("AS", "CPU", "NPROC", "FSIZE", "NOFILE", "MEMLOCK", "CORE"):
     kind = getattr(resource, "RLIMIT_" + name)
     soft, hard = resource.getrlimit(kind)

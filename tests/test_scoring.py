@@ -15,6 +15,7 @@ from trinity.data.validation import ValidationRows
 from trinity.evals import arithmetic, heldout, run_suite
 from trinity.evals.scoring import target_logprobs
 from trinity.model.transformer import Transformer
+from trinity.ops.cross_entropy import fused_cross_entropy
 from trinity.tokenizer import Tokenizer
 
 
@@ -46,6 +47,23 @@ def test_packed_conversations_have_the_loss_of_conversations_alone(setup):
     alone, gradient_alone = loss_and_gradient([[data.whole(i)] for i in range(len(data))])
     assert together == pytest.approx(alone, rel=1e-6)
     torch.testing.assert_close(gradient, gradient_alone, rtol=1e-4, atol=1e-7)
+
+
+def test_the_gradient_of_masked_tokens_is_exactly_zero(setup):
+    """Of the logits, through the loss that trains: at every position of the prompt, the template and the padding."""
+    folder, _, model, tokenizer = setup
+    data = ChatRows(read_conversations([folder / "chats.jsonl"]), tokenizer, seq_len=64)
+    rows = data.rows(data.plan(0)[:3])
+    batch = to_device(rows, "cpu")
+    x_BTD = model.features(batch.tokens_BT, batch.segments_BT, batch.positions_BT).x_BTD.detach().requires_grad_()
+    found = fused_cross_entropy(x_BTD.flatten(0, 1), model.head.weight, batch.targets_BT.flatten(), z_loss=1e-4)
+    found.loss_sum.backward()
+    masked_BT = batch.targets_BT == IGNORE
+    assert masked_BT.any()
+    assert not masked_BT.all()
+    assert x_BTD.grad is not None
+    assert (x_BTD.grad[masked_BT] == 0).all()
+    assert (x_BTD.grad[~masked_BT] != 0).any(dim=-1).all()
 
 
 def test_held_out_loss_equals_the_plain_computation(setup):

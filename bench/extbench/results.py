@@ -22,7 +22,6 @@ def figures(run: Path, config: RunConfig, seconds: float) -> dict[str, Any]:
         "seconds_of_last_call": round(seconds, 1),
         "seconds_of_steps": round(sum(r.get("seconds") or 0.0 for r in steps), 1),
         "tokens_per_second": statistics.median(speeds) if speeds else None,
-        "memory": [r.get("memory") for r in steps[-1:]],
         "ce": [[r["step"], r["ce"]] for r in steps if r["step"] % 10 == 0],
         "heldout": evals,
         "niah": [r for r in records if r["kind"] == "niah"],
@@ -46,16 +45,18 @@ def format_results(results: dict[str, Any]) -> str:
     for name, parts in results.get("runs", {}).items():
         for part, found in parts.items():
             if part.startswith("evaluate"):
-                for task in found["niah"]["tasks"]:
-                    scores = ", ".join(f"{n}: {s:.3f}" for n, s in by_length(found["niah"], task).items())
-                    lines.append(f"{name} {part} {task}: {scores}")
+                for record in (found["niah"], found["other_tasks"]):
+                    for task in record["tasks"]:
+                        scores = ", ".join(f"{n}: {s:.3f}" for n, s in by_length(record, task).items())
+                        lines.append(f"{name} {part} {task}: {scores}")
                 for domain, curve in found["positions"]["domains"].items():
                     bits = ", ".join(f"{p['from']}: {p['bits_per_byte']:.3f}" for p in curve["positions"])
                     lines.append(f"{name} {part} bits per byte from position, {domain}: {bits}")
                 continue
             lines.append(
                 f"{name} {part}: {found['steps']} steps, {found['tokens'] / 1e6:.1f} M tokens, "
-                f"{found['seconds_of_steps']} s of steps, {found['tokens_per_second']} tokens/s"
+                f"{found['seconds_of_steps']} s of steps, {found['tokens_per_second']} tokens/s, "
+                f"{found['peak_gib']} GiB"
             )
             for record in found["niah"]:
                 scores = ", ".join(f"{n}: {s:.2f}" for n, s in by_length(record).items())

@@ -42,15 +42,15 @@ SHAPES = {
         micro_tokens=32_768,
         settings=(
             "optim.muon_lr=0.01", "optim.adamw_lr=0.002", "runtime.device=cuda", "runtime.dtype=bfloat16",
-            "runtime.compile=false", "pretrain.warmup_steps=30", "extend.niah_every=60",
-            "eval.niah_samples=8", "eval.niah_depths=5", "eval.niah_keys=5",
+            "runtime.compile=false", "pretrain.warmup_steps=30", "extend.niah_every=100",
+            "eval.niah_samples=4", "eval.niah_depths=5", "eval.niah_keys=5",
         ),
     ),
     "toy": Shape(
         model={
-            "vocab_size": 4096, "num_layers": 8, "num_dense_layers": 1, "dim": 128, "num_heads": 4, "num_kv_heads": 2,
-            "head_dim": 32, "ffn_dim": 384, "expert_dim": 96, "num_experts": 8, "experts_per_token": 2,
-            "route_scale": 2.448, "window": 64,
+            "vocab_size": 4096, "num_layers": 4, "num_dense_layers": 3, "dim": 128, "num_heads": 4, "num_kv_heads": 2,
+            "head_dim": 32, "ffn_dim": 256, "expert_dim": 64, "num_experts": 4, "experts_per_token": 2,
+            "global_every": 2, "window": 64,
         },
         target=1024,
         pretrain_length=256,
@@ -60,7 +60,8 @@ SHAPES = {
         extend_batch=4096,
         micro_tokens=2048,
         settings=(
-            "optim.muon_lr=0.02", "optim.adamw_lr=0.004", "runtime.device=cpu", "runtime.dtype=float32",
+            "optim.muon_lr=0.02", "optim.adamw_lr=0.005", "runtime.device=cpu", "runtime.dtype=float32",
+            "pretrain.niah_share=0.75", "extend.niah_share=0.75",
             "pretrain.warmup_steps=10", "extend.niah_every=100", "eval.niah_samples=4",
             "eval.niah_depths=5", "eval.niah_keys=5",
         ),
@@ -73,7 +74,7 @@ VARIANTS = ("3to1", "full", "nope")
 def run_config(options: argparse.Namespace, variant: str, seed: int, length: int) -> RunConfig:
     """Settings of the pretraining and of the extension at rows of `length` tokens."""
     shape = SHAPES[options.shape]
-    longest = 2 * max(options.target, *options.lengths)
+    longest = 4 * options.target
     attention = {"3to1": {}, "full": {"window": longest}, "nope": {"global_every": 1}}[variant]
     model = {**shape.model, "max_positions": longest, **attention}
     pretrain_tokens = options.pretrain_tokens or shape.pretrain_tokens
@@ -90,6 +91,7 @@ def run_config(options: argparse.Namespace, variant: str, seed: int, length: int
             f"runtime.seed={seed}",
             f"data.streams={streams}",
             "data.max_epochs=100",
+            "data.buffer=256",
             "balance.rate=2e-3",
             "checkpoint.every_steps=1000000",
             "checkpoint.keep_last=1",
@@ -97,7 +99,8 @@ def run_config(options: argparse.Namespace, variant: str, seed: int, length: int
             f"pretrain.seq_len={shape.pretrain_length}",
             "pretrain.decay_fraction=0.2",
             "pretrain.eval_every=1000000",
-            "pretrain.niah_share=0.25",
+            "pretrain.final_lr_scale=0.3",
+            "pretrain.niah_share=0.4",
             f"extend.seq_len={length}",
             f"extend.tokens={extend_tokens}",
             "extend.warmup_steps=10",

@@ -38,7 +38,8 @@ def check_variants(options: argparse.Namespace, keep: Callable[[dict[str, Any]],
             found[variant] = {"error": f"{type(error).__name__}: {error}"[:600], "within": False}
         else:
             errors = differences(result, exact)
-            found[variant] = errors | {"within": within(errors, yardstick)}
+            quantised = VARIANTS[variant].get("fp8") == "true"
+            found[variant] = errors | {"within": within_fp8(errors) if quantised else within(errors, yardstick)}
         keep({"variants": found})
     keep({"passed": all(errors["within"] for errors in found.values())})
 
@@ -93,3 +94,8 @@ def within(errors: dict[str, Any], yardstick: dict[str, Any]) -> bool:
         and errors["median"] <= 1.5 * yardstick["median"] + FLOOR
         and errors["worst"] <= 2 * yardstick["worst"] + FLOOR
     )
+
+
+def within_fp8(errors: dict[str, Any]) -> bool:
+    """What three bits of mantissa may do: a product of rounded numbers is a few per cent off, and errors add up."""
+    return errors["loss"] <= 1e-2 and errors["median"] <= 0.15 and errors["worst"] <= 0.5

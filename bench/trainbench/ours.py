@@ -37,6 +37,8 @@ def build_runner(config: RunConfig, device: torch.device) -> StepRunner:
     if not config.runtime.master_weights:
         model.to(dtype)
     optimizer = build_optimizer(model, config.model, config.optim)
+    if config.runtime.fp8:
+        model.use_fp8(device)
     compile_blocks(model, config.runtime, device)
     masters = MasterWeights(model, dtype if config.runtime.master_weights else torch.float32)
     return StepRunner(model, optimizer, language_model_loss, config, SpikeGuard(config.guard, device), masters, device)

@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "compiled-graphs": {"compile": "true", "cuda_graphs": "true"},
     "compiled": {"compile": "true", "cuda_graphs": "false"},
     "launched": {"compile": "false", "cuda_graphs": "false"},
+    "fp8": {"compile": "false", "cuda_graphs": "true", "fp8": "true"},
 }
 """Settings of `runtime` of each way to run the fast path, in order of interest."""
 
@@ -101,7 +102,7 @@ def batches(options: argparse.Namespace, config: RunConfig) -> Iterator[Rows]:
     if options.shards is None:
         step = 0
         while True:
-            yield made_up_rows(rows, config.pretrain.seq_len, config.model.vocab_size, seed=step)
+            yield made_up_rows(rows, config.pretrain.seq_len, config.model.vocab_size, step, whole=options.whole_rows)
             step += 1
     from trinity.data.loader import Loader
     from trinity.data.shards import Shards
@@ -123,8 +124,9 @@ def batches(options: argparse.Namespace, config: RunConfig) -> Iterator[Rows]:
         loader.close()
 
 
-def made_up_rows(rows: int, seq_len: int, vocab: int, seed: int) -> Rows:
-    """Documents of log-normal length (median 600 tokens, cut at the row's end), tokens by a power law."""
+def made_up_rows(rows: int, seq_len: int, vocab: int, seed: int, *, whole: bool = False) -> Rows:
+    """Documents of log-normal length (median 600 tokens, cut at the row's end), or with `whole` one a row; tokens by a
+    power law."""
     draws = np.random.default_rng([5, seed])
     made = empty_rows(rows, seq_len)
     for row in range(rows):
@@ -132,7 +134,8 @@ def made_up_rows(rows: int, seq_len: int, vocab: int, seed: int) -> Rows:
         made.tokens_BT[row], made.targets_BT[row] = tokens[:-1], tokens[1:]
         chunks, at = [], 0
         while at < seq_len:
-            length = min(seq_len - at, max(8, int(draws.lognormal(np.log(600), 1.0))))
+            drawn = seq_len if whole else max(8, int(draws.lognormal(np.log(600), 1.0)))
+            length = min(seq_len - at, drawn)
             chunks.append(Chunk(row, 0, length))
             at += length
             made.targets_BT[row, at - 1] = -100

@@ -105,6 +105,16 @@ data_app.command("inspect", epilog=example("trinity data inspect shards"))(corpu
 data_app.command(
     "overlap", epilog=example("trinity data overlap chats.jsonl corpus/ --test bench/gsm8k_test.jsonl.gz")
 )(corpus.overlap)
+data_app.command(
+    "traces",
+    epilog=example(
+        "trinity data traces sessions.jsonl --out chats.jsonl", "trinity data traces --generate 1000 --out chats.jsonl"
+    ),
+)(corpus.traces)
+data_app.command(
+    "retrieval", epilog=example("trinity data retrieval --tokenizer tok --shards shards --out retrieval.jsonl")
+)(corpus.retrieval)
+data_app.command("join", epilog=example("trinity data join code/ --out repositories.jsonl --tokens 65536"))(corpus.join)
 data_app.command("verify", epilog=example("trinity data verify shards"))(corpus.verify)
 checkpoints_app.command("ls", epilog=example("trinity checkpoints ls runs/nano"))(runs.list_checkpoints)
 checkpoints_app.command("verify", epilog=example("trinity checkpoints verify runs/nano"))(runs.verify_checkpoints)

@@ -18,10 +18,11 @@ class ReadingView:
         self._console, self._long = console or Console(), long
         self._stack = ExitStack()
         self._progress: Progress | None = None
-        self._begun = time.monotonic()
+        self._first: int | None = None
+        """What was read already when the engine began."""
+        self._begun = 0.0
 
     def __enter__(self) -> Self:
-        self._begun = time.monotonic()
         return self
 
     def __exit__(
@@ -30,12 +31,14 @@ class ReadingView:
         self._stack.__exit__(kind, error, trace)
 
     def show(self, done: int, total: int) -> None:
-        """`done` of `total` tokens are read."""
-        if total < self._long:
+        """`done` of `total` tokens are read; the first call comes before anything is."""
+        if self._first is None:
+            self._first, self._begun = done, time.monotonic()
+        if total - self._first < self._long:
             return
         if self._progress is None:
             self._progress = self._stack.enter_context(self._console.progress("Reading", total, "tokens"))
-        rate = done / max(1e-9, time.monotonic() - self._begun)
+        rate = (done - self._first) / max(1e-9, time.monotonic() - self._begun)
         amount = f"{quantity(done)}/{quantity(total)} tokens  " if self._console.interactive else ""  # else said anyway
         self._progress.set(done, f"{amount}{quantity(rate)} tok/s")
         if done == total:

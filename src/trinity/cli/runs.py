@@ -26,6 +26,7 @@ from trinity.cli.options import (
 if TYPE_CHECKING:
     from trinity.rl.sandbox.pool import Sandbox
 
+ALL_NEEDLES = 'eval.niah_tasks=["multikey", "single", "multivalue", "multiquery", "tracking"]'
 RunArgument = Annotated[Path, typer.Argument(help="Run directory or pipeline directory.", metavar="RUN")]
 
 
@@ -73,8 +74,13 @@ def evaluate(
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option("--suite", help="Benchmarks to run instead: trinity-base, trinity-instruct or quick."),
+        typer.Option(
+            "--suite", help="niah: needles of every kind. Or benchmarks: trinity-base, trinity-instruct or quick."
+        ),
     ] = None,
+    transformers: Annotated[
+        bool, typer.Option("--transformers", help="With --suite niah: any model directory that transformers loads.")
+    ] = False,
     bench: Annotated[
         list[str] | None, typer.Option("--bench", help="One benchmark, such as mmlu; may be repeated.", metavar="NAME")
     ] = None,
@@ -110,6 +116,12 @@ def evaluate(
     Held-out loss by domain and by position (with --shards), retrieval in long contexts (niah) and arithmetic, with the
     settings of the run that the model belongs to; or benchmarks over local files (--suite or --bench, with --data).
     """
+    if transformers and suite != "niah":
+        raise UsageError("--transformers belongs to --suite niah")
+    if suite == "niah":
+        if bench or task:
+            raise UsageError("--suite niah stands alone: leave out --bench and --task")
+        task, settings, suite = ["niah"], [ALL_NEEDLES, *(settings or [])], None
     if suite is not None or bench:
         if task or settings or shards is not None:
             raise UsageError("--suite and --bench stand alone: leave out --task, --set and --shards")
@@ -118,6 +130,12 @@ def evaluate(
     for name, value in (("--data", data), ("--out", out), ("--limit", limit), ("--endpoint", endpoint)):
         if value is not None:
             raise UsageError(f"{name} belongs to benchmarks: name a --suite or a --bench")
+    if transformers:
+        from trinity.evals.foreign import evaluate_foreign
+
+        found = evaluate_foreign(path, overrides=settings or (), device=device, dtype=dtype, on_note=note)
+        _print_scores({"niah": found}, as_json)
+        return
     from trinity.evals import evaluate_saved
 
     results = evaluate_saved(
@@ -130,6 +148,10 @@ def evaluate(
         on_note=note,
         on_result=lambda name, _: note(f"{name} is done"),
     )
+    _print_scores(results, as_json)
+
+
+def _print_scores(results: dict[str, dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print_json(results)
     else:
@@ -214,12 +236,13 @@ def _score_rows(results: dict[str, dict[str, Any]]) -> list[tuple[object, ...]]:
             continue
         score = result["score"] if name == "niah" else result["value"]
         rows.append((name, "share right", f"{score:.3f}", f"{result['standard_error']:.3f}", result["samples"]))
-        cells: dict[int, list[dict[str, Any]]] = {}
+        cells: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for cell in result.get("grid", ()):
-            cells.setdefault(cell["length"], []).append(cell)
-        for length, row in cells.items():
+            cells.setdefault((cell["task"], cell["length"]), []).append(cell)
+        for (kind, length), row in cells.items():
             mean = sum(cell["score"] for cell in row) / len(row)
-            rows.append((name, f"at {length:,} tokens", f"{mean:.3f}", "", sum(cell["samples"] for cell in row)))
+            place = f"{kind}, at {length:,} tokens"
+            rows.append((name, place, f"{mean:.3f}", "", sum(cell["samples"] for cell in row)))
     return rows
 
 

@@ -1,5 +1,6 @@
 """Settings: typed, frozen, resolved from `preset + overlay + key=value`, each value with its origin. No torch."""
 
+from trinity.config.lora import LoRAConfig
 from trinity.config.model import ModelConfig
 from trinity.config.parallel import ParallelConfig, ParallelSizes, check_parallel, parallel_sizes
 from trinity.config.resolve import Origin, list_presets, override_eval, resolve, to_toml
@@ -31,6 +32,7 @@ __all__ = [
     "EvalConfig",
     "ExtendConfig",
     "GuardConfig",
+    "LoRAConfig",
     "LossConfig",
     "ModelConfig",
     "OptimConfig",

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from trinity.config.base import Frozen
+from trinity.config.lora import LoRAConfig
 from trinity.config.model import ModelConfig
 from trinity.config.parallel import ParallelConfig
 
@@ -160,11 +161,11 @@ class RetrievalConfig(Frozen):
 
     tasks: Annotated[dict[Retrieval, PositiveFloat], Field(min_length=1)] = Field(
         default_factory=lambda: {
-            "lookup": 4.0, "values": 1.0, "queries": 1.0, "tracking": 0.5, "count": 0.25, "where": 1.0, "quote": 1.0
+            "lookup": 4.0, "values": 1.0, "queries": 1.0, "tracking": 0.5, "count": 0.25, "where": 1.0, "quote": 2.0
         }
     )  # fmt: skip
     """Share of each task among the questions, by weights."""
-    density: tuple[Fraction, Fraction] = (0.05, 0.6)
+    density: tuple[Fraction, Fraction] = (0.1, 0.9)
     """Smallest and largest part of a document that facts and questions take; drawn evenly on a logarithmic scale. The
     rest is text of the training shards. Denser documents ask more often for each token read."""
     whole_rows: Fraction = 0.5
@@ -274,6 +275,19 @@ class RLConfig(StageConfig):
     """Sample the next step's answers on a copy of the weights while this step trains: one step off-policy."""
     sampler_batch: PositiveInt = 256
     """Answers sampled together."""
+    server: str = ""
+    """URL up to and with /v1 of a server that samples in place of the native engine; without replay."""
+    server_model: str = "default"
+    """The model's name on that server."""
+    server_kind: Literal["vllm", "sglang"] = "vllm"
+    """How the server is told to load new weights."""
+
+    @model_validator(mode="after")
+    def _check_server(self) -> Self:
+        if self.server and self.replay:
+            raise ValueError("server gives no experts to replay: set replay = false")
+        return self
+
     max_number: PositiveInt = 9
     """Largest operand of the generated arithmetic."""
 
@@ -309,12 +323,20 @@ class RuntimeConfig(Frozen):
     """Record forward and backward pass of a micro-batch as one CUDA graph and replay it (one GPU; the CPU has none)."""
     recompute: Literal["none", "block"] = "none"
     """Activation recomputation."""
+    fp8: bool = False
+    """Matrix products of the blocks in FP8, forward and input gradients (`ops/fp8.py`); a CPU simulates them."""
     kernels: Literal["fast", "reference"] = "fast"
     """The plain reference of every operation, or the fastest path that the device has."""
     threads: NonNegativeInt = 0
     """CPU threads of torch; 0 leaves torch's choice."""
     timeout: PositiveFloat = 600.0
     """Seconds that a group of processes waits for a rank at a step, an evaluation or a checkpoint before it ends."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fp8 and (self.compile or self.kernels == "reference"):
+            raise ValueError("runtime.fp8 has kernels of its own: it needs runtime.compile = false and kernels = fast")
+        return self
 
 
 class RunConfig(Frozen):
@@ -333,6 +355,7 @@ class RunConfig(Frozen):
     extend: ExtendConfig
     sft: SFTConfig
     rl: RLConfig
+    lora: LoRAConfig = LoRAConfig()
     retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
     eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()

@@ -9,10 +9,12 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from trinity.base.errors import UserError
+from trinity.base.files import atomic_write
 from trinity.base.rng import Draws, derive
 from trinity.config import RetrievalConfig
 from trinity.data.retrieval_texts import INTROS, TASKS, WORD, Group, Scene, Vocabulary, pick
@@ -209,6 +211,38 @@ class RetrievalDocuments:
         wanted_T = np.flatnonzero(learned)
         targets[wanted_T - 1] = tokens[wanted_T]
         return Document(tokens, targets)
+
+
+def write_documents(
+    path: Path,
+    documents: RetrievalDocuments,
+    tokenizer: Tokenizer,
+    count: int,
+    length: int,
+    progress: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Documents 0 to count - 1 of `length` tokens as JSON lines that `data prepare` reads; the file appears whole.
+
+    `answers` are their answers in order, as text.
+    """
+    with atomic_write(path) as file:
+        for number in range(count):
+            made = documents.document(number, length)
+            learned = made.targets_T != IGNORE
+            starts = np.flatnonzero(learned & ~np.append([False], learned[:-1]))
+            stops = np.flatnonzero(~learned & np.append([False], learned[:-1]))
+            line = {
+                "text": tokenizer.decode(made.tokens_T[:-1]),
+                "domain": "retrieval",
+                "source": documents.fingerprint[:16],
+                "id": str(number),
+                "answers": [
+                    tokenizer.decode(made.tokens_T[start + 1 : stop + 1])
+                    for start, stop in zip(starts, stops, strict=True)
+                ],
+            }
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            progress(number + 1)
 
 
 def _quote_words(encode: Encode) -> list[int]:

@@ -31,8 +31,7 @@ def greedy(model: Transformer, tokenizer: Tokenizer) -> Complete:
     def complete(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         longest = max(map(len, prompts)) + max_new_tokens
         stop_ids = tuple(tokenizer.stop_ids)
-        most = max(2, min(TOGETHER, CACHE_TOKENS // longest - 1))
-        found = groups(prompts, most)
+        found = groups(prompts)
         texts = [""] * len(prompts)
         alone = [numbers[0] for numbers, common in found if not common]
         if alone:
@@ -42,12 +41,15 @@ def greedy(model: Transformer, tokenizer: Tokenizer) -> Complete:
                 texts[number] = completion.text
         together = [(numbers, common) for numbers, common in found if common]
         if together:
-            engine = engine_for(longest, 1 + most)
+            most = min(TOGETHER, max(len(numbers) for numbers, _ in together))
+            slots = 1 + max(1, min(most, CACHE_TOKENS // longest - 1))
+            engine = engine_for(longest, slots)
+            engine.cache.reserve(slots, longest)  # a cache that grows moves
             for numbers, common in together:
                 tails = [prompts[number][common:] for number in numbers]
                 answers = answer_after(engine, prompts[numbers[0]][:common], tails, max_new_tokens, stop_ids, chunk)
                 for number, answer in zip(numbers, answers, strict=True):
-                    texts[number] = tokenizer.decode(answer)
+                    texts[number] = tokenizer.decode(answer, skip_special=True)
         return texts
 
     return complete

@@ -65,6 +65,20 @@ def export_afmoe(
     return report
 
 
+def write_model(
+    model: Transformer, config: ModelConfig, tokenizer: Tokenizer | None, out_dir: Path, *, dtype: torch.dtype
+) -> None:
+    """`export_afmoe` without the comparison and the card, for a reader that is told of the weights by the writer.
+
+    Raises UserError when the disk is full.
+    """
+    chosen = format_of(dtype)
+    assert chosen is not None, f"{dtype} is no type of weights"
+    with folder_aside(out_dir) as folder:
+        write_weights(state_reader(model.state_dict(), config), config, folder, chosen, MAX_SHARD_BYTES)
+        write_beside(folder, public_config(config, chosen, tokenizer), config, tokenizer)
+
+
 def public_config(
     config: ModelConfig, chosen: Format, tokenizer: Tokenizer | None, load_balance_coeff: float = 5e-4
 ) -> dict[str, Any]:

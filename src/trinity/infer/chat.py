@@ -2,17 +2,24 @@
 
 import dataclasses
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, NamedTuple
 
 from trinity.base.errors import UserError
 from trinity.infer.documents import Gathered, check_room
 from trinity.infer.engine import Engine
-from trinity.infer.request import Finish
+from trinity.infer.request import Finish, Request
 from trinity.infer.sampling import SamplingParams
 from trinity.model.transformer import Transformer
 from trinity.tokenizer import Tokenizer
 
 Message = dict[str, Any]
+
+
+class _Turn(NamedTuple):
+    """What was asked last: the text of the prompt, and its request."""
+
+    prompt: str
+    request: Request
 
 
 class ChatSession:
@@ -23,7 +30,8 @@ class ChatSession:
             print(piece, end="", flush=True)
 
     When prompt and answer would not fit the model's positions, the oldest turns are left out of the prompt (the system
-    message and the documents in it stay); `dropped` tells how many messages the last answer did not see.
+    message and the documents in it stay); `dropped` tells how many messages the last answer did not see. What was read
+    stays in the cache: the next turn reads only what is new, as long as nothing was left out.
     """
 
     def __init__(
@@ -49,6 +57,9 @@ class ChatSession:
             ids, _ = tokenizer.encode_chat(shortest, add_generation_prompt=True)
             check_room(documents, tokenizer, ids, self._max_positions, self._answer)
         self._engine = Engine(model, tokenizer, max_batch=1)
+        self._last: _Turn | None = None
+        self._rendered = ""
+        """The text of the last prompt."""
 
     def send(self, text: str, on_prompt: Callable[[int, int], None] | None = None) -> Generator[str, None, None]:
         """Add what the user says and yield the answer piece by piece; `on_prompt` gets how many tokens of the prompt
@@ -64,8 +75,14 @@ class ChatSession:
             self.messages.pop()
             raise
         stops = tuple({*self.params.stop_ids, *self.tokenizer.stop_ids})
-        request = self._engine.submit(prompt, dataclasses.replace(self.params, stop_ids=stops))
+        params = dataclasses.replace(self.params, stop_ids=stops)
+        if self._last is not None:
+            self._engine.cancel(self._last.request)  # nothing to do but when nobody listened to its end
+        request = self._engine.submit(prompt, params, keep=True, follow=self._last and self._last.request)
+        self._last = _Turn(self._rendered, request)
         try:
+            if on_prompt is not None:
+                on_prompt(request.num_read, len(request.prompt))
             while not request.done:
                 events = self._engine.step()
                 if on_prompt is not None and not request.completion.tokens[1:]:
@@ -83,6 +100,10 @@ class ChatSession:
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self.dropped = 0
         self.finish = None
+        if self._last is not None:
+            self._engine.cancel(self._last.request)
+            self._engine.release(self._last.request)
+            self._last = None
 
     @property
     def _answer(self) -> int:
@@ -97,7 +118,7 @@ class ChatSession:
         starts = [i for i, message in enumerate(turns) if message["role"] == "user"]
         ids: list[int] = []
         for start in starts:
-            ids, _ = self.tokenizer.encode_chat(system + turns[start:], add_generation_prompt=True)
+            ids = self._encode(system + turns[start:])
             if len(ids) <= room:
                 self.dropped = start
                 return ids
@@ -105,3 +126,18 @@ class ChatSession:
             f"the message is too long: with the template it has {len(ids)} tokens, and {room} of the model's "
             f"{self._max_positions} positions are left for it"
         )
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        """Tokens of a conversation: those of the last turn as they were read and generated, where it goes on from
+        there, so that the engine reads only what is new."""
+        text = self.tokenizer.render_chat(messages, add_generation_prompt=True)
+        self._rendered = text
+        if self._last is not None:
+            request = self._last.request
+            answer = [token for token in request.completion.tokens if token not in request.params.stop_ids]
+            said = request.completion.text
+            before = self._last.prompt + said
+            # Not where the template shows the answer otherwise, or characters or control tokens were left out.
+            if text.startswith(before) and self.tokenizer.decode(answer) == said:
+                return request.prompt + answer + self.tokenizer.encode(text[len(before) :], special=True)
+        return self.tokenizer.encode(text, special=True)

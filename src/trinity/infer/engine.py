@@ -84,8 +84,14 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self._schedule.waiting)
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Request:
-        """Queue a prompt. Raises UserError when it is empty, has a token outside the vocabulary or cannot fit."""
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, *, keep: bool = False, follow: Request | None = None
+    ) -> Request:
+        """Queue a prompt. Raises UserError when it is empty, has a token outside the vocabulary or cannot fit.
+
+        keep: its slot and what is cached in it stay when it is finished, until `release`. follow: a finished request
+        that was kept; where the prompt begins with what it has cached, only the rest is read, else it is released.
+        """
         if not prompt:
             raise UserError("the prompt is empty; generation needs at least one token")
         if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
@@ -107,8 +113,28 @@ class Engine:
         if params.repetition_penalty != 1.0:
             request.seen = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self._device)
             request.seen[torch.tensor(request.prompt, device=self._device)] = True
-        self._schedule.waiting.append(request)
+        request.keep = keep
+        if follow is None or not self._follow(follow, request):
+            self._schedule.waiting.append(request)
         return request
+
+    def release(self, request: Request) -> None:
+        """Give up what was kept of a finished request."""
+        assert request.done
+        slot = self._schedule.free(request)
+        if slot is not None:
+            self.cache.release(slot)
+
+    def _follow(self, before: Request, request: Request) -> bool:
+        assert before.done
+        assert not self.return_experts, "the experts of tokens that are not read again are not known"
+        slot = before.slot
+        if slot is not None and self._schedule.follow(before, request):
+            # A step that ran ahead may have cached a token more.
+            self.cache.lengths[slot] = request.fed
+            return True
+        self.release(before)
+        return False
 
     def cancel(self, request: Request) -> None:
         """Stop a request wherever it is; what it generated so far stays in its completion."""
@@ -147,6 +173,8 @@ class Engine:
                 requests.append(self.submit(prompt, own))
             numbers = {id(request): i for i, request in enumerate(requests)}
             with _evaluating(self.model):
+                if on_prompt is not None:
+                    on_prompt(0, sum(len(r.prompt) for r in requests))
                 while not all(request.done for request in requests):
                     events = self.step()
                     if on_prompt is not None and self._schedule.prefilled_last:

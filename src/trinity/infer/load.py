@@ -11,8 +11,9 @@ import torch
 from trinity.base.errors import UsageError, UserError
 from trinity.base.files import read_json
 from trinity.base.rundir import STAGES
-from trinity.config import ModelConfig, resolve
+from trinity.config import LoRAConfig, ModelConfig, resolve
 from trinity.export.reading import iterate_state, read_config
+from trinity.model.lora import Adapters, is_factor
 from trinity.model.transformer import Transformer
 from trinity.parallel.saved import SavedTensors
 from trinity.tokenizer import Tokenizer
@@ -153,8 +154,8 @@ def _weights(place: Place, dtype: str | torch.dtype | None) -> tuple[ModelConfig
     if place.run is None:
         config = read_config(place.weights)
         return config, iterate_state(place.weights, config, dtype)
-    config = resolve(str(place.run / "run.toml"))[0].model
-    return config, _checkpoint_state(place.weights, config, dtype)
+    config = resolve(str(place.run / "run.toml"))[0]
+    return config.model, _checkpoint_state(place.weights, config.model, config.lora, dtype)
 
 
 def _build(config: ModelConfig, state: Iterable[tuple[str, torch.Tensor]], device: torch.device) -> Transformer:
@@ -192,21 +193,35 @@ def checkpoint_tensors(folder: Path) -> SavedTensors:
 
 
 def _checkpoint_state(
-    folder: Path, config: ModelConfig, dtype: torch.dtype | None
+    folder: Path, config: ModelConfig, lora: LoRAConfig, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a training checkpoint, one at a time."""
+    """The tensors of a training checkpoint, one at a time, low-rank adapters merged."""
     saved = checkpoint_tensors(folder)
     where = saved.files[0] if len(saved.files) == 1 else folder
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
-    if set(saved.names) != set(shapes):
-        odd = sorted(set(saved.names) ^ set(shapes))[0]
+    names = {name for name in saved.names if not is_factor(name)}
+    adapters = None
+    if len(names) < len(saved.names) and dtype is None:
+        dtype = torch.float32  # the base may lie in several types, and what is merged is float32
+    if len(names) < len(saved.names):
+        adapters = Adapters(config, lora, torch.device("cpu"), seed=0)
+        expected = {name: factor.shape for name, factor in adapters.named_parameters()}
+        if {name: tuple(shape) for name, shape in expected.items()} != {
+            name: saved.shape(name) for name in saved.names if is_factor(name)
+        }:
+            raise UserError(f"{where} and the run's settings of [lora] disagree about the adapters")
+        adapters.load({name: saved.read(name) for name in expected})
+    if names != set(shapes):
+        odd = sorted(names ^ set(shapes))[0]
         raise UserError(f"{where} and the run's settings disagree about {odd}")
     for name, shape in shapes.items():
         if saved.shape(name) != tuple(shape):
             raise UserError(f"{where}: {name} has shape {saved.shape(name)}, run.toml says {tuple(shape)}")
         keep = name.endswith((".router.bias", ".router.momentum"))
         tensor = saved.read(name)
+        if adapters is not None and name in adapters.by_parameter:
+            tensor = adapters.merge(name, tensor)
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(f"{where}: {name} holds numbers that are not finite; take an earlier checkpoint")
         yield name, tensor if keep or dtype is None else tensor.to(dtype)

@@ -25,15 +25,14 @@ def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
-def groups(prompts: Sequence[Sequence[int]], most: int) -> list[tuple[list[int], int]]:
-    """Neighbouring prompts that share at least `LEAST` tokens and half of their length, `most` at a time: (their
-    numbers, tokens in common). One alone shares nothing. The last token of a prompt is never shared: it is what the
-    answer begins from."""
+def groups(prompts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
+    """Neighbouring prompts that share at least `LEAST` tokens and half of their length: (their numbers, tokens in
+    common). One alone shares nothing. The last token of a prompt is never shared: it is what the answer begins from."""
     shared = [shared_length(a, b) for a, b in pairwise(prompts)]
     found: list[tuple[list[int], int]] = []
     for number, prompt in enumerate(prompts):
         common = min(shared[number - 1], len(prompt) - 1) if number else 0
-        if found and len(found[-1][0]) < most and common >= max(LEAST, len(prompt) // 2):
+        if found and common >= max(LEAST, len(prompt) // 2):
             numbers, before = found[-1]
             before = before or len(prompts[numbers[0]]) - 1
             if min(before, common) >= max(LEAST, len(prompt) // 2):
@@ -53,46 +52,55 @@ def answer_after(
     chunk: int,
 ) -> list[list[int]]:
     """The most probable tokens after `prefix` and each tail (at least one token), up to a stop token, which is left
-    out; `chunk` tokens of a prompt are read at a time. The engine must be idle and have a slot more than there are
-    tails; its cache is empty again afterwards.
+    out; `chunk` tokens of a prompt are read at a time.
+
+    The engine must be idle; one of its slots holds the prefix, the others answer, as many tails at a time as there are.
+    Its cache is empty again afterwards.
     """
     assert engine.num_running == engine.num_waiting == 0
-    cache, device = engine.cache, engine.model.embed.weight.device
-    slots = list(range(1, 1 + len(tails)))
-    assert len(slots) < len(cache.lengths)
-    training = engine.model.training
+    cache = engine.cache
+    training, together = engine.model.training, len(cache.lengths) - 1
     engine.model.eval()
+    answers: list[list[int]] = []
     try:
-        cache.reserve(1 + len(tails), len(prefix) + max(map(len, tails)) + max_new_tokens)
         _read(engine, [(0, prefix)], chunk)
-        for slot in slots:
-            cache.copy(0, slot)
-        x_BD = torch.cat([_read(engine, [(slot, tail)], chunk) for slot, tail in zip(slots, tails, strict=True)])
-        tokens = _most_probable(engine, engine.model.head(x_BD))
-        answers = [[token] for token in tokens]
-        ahead = engine._ahead
-        if ahead is not None and max_new_tokens > 1:
-            ahead.start(slots, tokens)
-        for _ in range(max_new_tokens - 1):
-            if all(set(answer) & set(stop_ids) for answer in answers):
-                break
-            if ahead is None:
-                parts = [(slot, answer[-1:]) for slot, answer in zip(slots, answers, strict=True)]
-                tokens = _most_probable(engine, engine.model.head(_read(engine, parts, chunk)))
-            else:
-                ahead.launch()
-                ahead.send()
-                tokens, _, _ = ahead.collect()
-            for answer, token in zip(answers, tokens, strict=True):
-                answer.append(token)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        for start in range(0, len(tails), together):
+            answers += _answer(engine, tails[start : start + together], max_new_tokens, stop_ids, chunk)
     finally:
-        for slot in (0, *slots):
+        for slot in range(len(cache.lengths)):
             cache.release(slot)
         engine.model.train(training)
     ends = [next((i for i, token in enumerate(answer) if token in stop_ids), len(answer)) for answer in answers]
     return [answer[:end] for answer, end in zip(answers, ends, strict=True)]
+
+
+def _answer(
+    engine: Engine, tails: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int], chunk: int
+) -> list[list[int]]:
+    """Answers to tails that fit beside the prefix, which slot 0 holds."""
+    cache, slots = engine.cache, list(range(1, 1 + len(tails)))
+    for slot in slots:
+        cache.release(slot)
+        cache.copy(0, slot)
+    x_BD = torch.cat([_read(engine, [(slot, tail)], chunk) for slot, tail in zip(slots, tails, strict=True)])
+    tokens = _most_probable(engine, engine.model.head(x_BD))
+    answers = [[token] for token in tokens]
+    ahead = engine._ahead
+    if ahead is not None and max_new_tokens > 1:
+        ahead.start(slots, tokens)
+    for _ in range(max_new_tokens - 1):
+        if all(set(answer) & set(stop_ids) for answer in answers):
+            break
+        if ahead is None:
+            parts = [(slot, answer[-1:]) for slot, answer in zip(slots, answers, strict=True)]
+            tokens = _most_probable(engine, engine.model.head(_read(engine, parts, chunk)))
+        else:
+            ahead.launch()
+            ahead.send()
+            tokens, _, _ = ahead.collect()
+        for answer, token in zip(answers, tokens, strict=True):
+            answer.append(token)
+    return answers
 
 
 def _read(engine: Engine, parts: Sequence[tuple[int, Sequence[int]]], size: int) -> torch.Tensor:

@@ -43,6 +43,8 @@ class Request:
         self.max_new_tokens = max_new_tokens
         self.completion = Completion()
         self.slot: int | None = None
+        self.keep = False
+        """Whether its part of the cache stays when it is finished, for a request that goes on from there."""
         self.fed = 0
         """Tokens that the cache holds."""
         self.uniform = TokenStream(params.seed)
@@ -60,6 +62,11 @@ class Request:
     def longest(self) -> int:
         """Tokens that prompt and answer may come to."""
         return len(self.prompt) + self.max_new_tokens
+
+    @property
+    def cached(self) -> list[int]:
+        """The tokens that the cache holds."""
+        return (self.prompt + self.completion.tokens)[: self.fed]
 
     @property
     def num_read(self) -> int:

@@ -60,13 +60,32 @@ class Schedule:
         self.decoding += requests
 
     def drop(self, request: Request) -> int | None:
-        """Forget a request; returns the slot that it held, which is free now."""
+        """Forget a request; returns the slot that it held, which is free now, unless it shall be kept."""
         for queue in (self.waiting, self.prefilling, self.decoding):
             if request in queue:
                 queue.remove(request)
+        return None if request.keep else self.free(request)
+
+    def free(self, request: Request) -> int | None:
+        """Take the slot from a request that is no longer in a queue."""
         slot = request.slot
         if slot is not None:
             self._reserved -= request.longest
             self._free_slots.append(slot)
             request.slot = None
         return slot
+
+    def follow(self, before: Request, request: Request) -> bool:
+        """Let `request` go on in the slot of a finished one, whose cached tokens its prompt begins with; whether it
+        can."""
+        cached = before.cached
+        fits = self._reserved - before.longest + request.longest <= self.max_tokens
+        if not fits or before.slot is None or request.prompt[: len(cached)] != cached:
+            return False
+        if len(request.prompt) == len(cached):  # at least one token must be fed to know what comes next
+            return False
+        self._reserved += request.longest - before.longest
+        request.slot, before.slot = before.slot, None
+        request.fed = before.fed
+        self.prefilling.append(request)
+        return True

@@ -12,6 +12,11 @@ from trinity.model.norm import Kernels
 from trinity.model.rope import Rotation, rotation
 from trinity.model.router import Documents
 from trinity.ops.attention import AttentionPlan, dense_plan, fast_plan
+from trinity.ops.key_ranges import KeyRanges, fast_range_plan
+
+LONG_ROWS = 65536
+"""Tokens of a row from which a GPU's masks are made of ranges of keys, a number a query, and not by trying each query
+with each key: 17 billion pairs at 131 072 tokens."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,28 @@ def make_layout(
     per row. Padding attends to padding, so that its outputs are finite, and is counted nowhere. `positions_BT` int:
     place in the document; by default counted from the segments.
     """
-    plan = fast_plan if kernels == "fast" else dense_plan
-    local_plan = plan(*shape, config.window, segments_BT, device)
-    global_plan = plan(*shape, None, segments_BT, device)
     starts_BT = document_starts(shape, segments_BT, device)
+    if kernels == "fast" and device.type != "cpu" and shape[1] >= LONG_ROWS:
+        local_ranges, global_ranges = (key_ranges(starts_BT, window) for window in (config.window, None))
+        local_plan, global_plan = fast_range_plan(local_ranges, config.window), fast_range_plan(global_ranges, None)
+    else:
+        plan = fast_plan if kernels == "fast" else dense_plan
+        local_plan = plan(*shape, config.window, segments_BT, device)
+        global_plan = plan(*shape, None, segments_BT, device)
     if positions_BT is None:
         index_T = torch.arange(shape[1], device=device)
         positions_BT = index_T - torch.where(starts_BT, index_T, 0).cummax(dim=1).values
     turn = rotation(positions_BT, config.head_dim, config.rope_theta)
     return Layout(turn, local_plan, global_plan, make_documents(shape, device, segments_BT))
+
+
+def key_ranges(starts_BT: Tensor, window: int | None) -> KeyRanges:
+    """The first and the last key of each query of rows whose documents begin at `starts_BT`."""
+    index_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
+    first_BT = torch.where(starts_BT, index_T, 0).cummax(dim=1).values
+    if window is not None:
+        first_BT = first_BT.maximum(index_T - (window - 1))
+    return KeyRanges(first_BT, index_T, len(index_T))
 
 
 def document_starts(shape: tuple[int, int], segments_BT: Tensor | None, device: torch.device) -> Tensor:

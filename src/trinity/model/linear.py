@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trinity.model.norm import Kernels
+from trinity.ops import fp8
 from trinity.ops.matmul import linear
 from trinity.ops.swiglu import reference_swiglu, swiglu
 
@@ -15,12 +16,16 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, kernels: Kernels) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.kernels: Kernels = kernels
+        self.fp8 = False
+        """Products in FP8 (`ops/fp8.py`); set by `Transformer.use_fp8`."""
 
     def reset_parameters(self) -> None:
         pass
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
+        if self.fp8:
+            return fp8.linear(input, self.weight)
         return linear(input, self.weight) if self.kernels == "fast" else F.linear(input, self.weight)
 
 

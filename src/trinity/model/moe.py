@@ -18,6 +18,8 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up = empty_parameter(num_experts, 2 * hidden, dim)
         self.down = empty_parameter(num_experts, dim, hidden)
+        self.fp8 = False
+        """Products in FP8 (`ops/fp8.py`); set by `Transformer.use_fp8`."""
 
     def forward(
         self, x_RD: Tensor, ends_E: Tensor, order: Order | None = None, weights_Nk: Tensor | None = None
@@ -27,8 +29,8 @@ class Experts(nn.Module):
         With `order` and `weights_Nk` tokens [N, D] are given instead, and their weighted sums [N, D] returned.
         """
         if order is not None and weights_Nk is not None:
-            return experts_in_one(x_RD, weights_Nk, self.gate_up, self.down, order)
-        return grouped_experts(x_RD, self.gate_up, self.down, ends_E)
+            return experts_in_one(x_RD, weights_Nk, self.gate_up, self.down, order, fp8=self.fp8)
+        return grouped_experts(x_RD, self.gate_up, self.down, ends_E, fp8=self.fp8)
 
 
 class Dispatcher(Protocol):

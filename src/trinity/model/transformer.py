@@ -13,10 +13,11 @@ from trinity.model.attention import Attention
 from trinity.model.init import fill
 from trinity.model.layout import Layout, LayoutMaker, make_layout
 from trinity.model.linear import Embedding, FeedForward, Linear
-from trinity.model.moe import MoE
+from trinity.model.moe import Experts, MoE
 from trinity.model.norm import Kernels, RMSNorm
 from trinity.model.rope import Rotation, rotation
 from trinity.model.router import Documents, LayerStats, Router
+from trinity.ops import fp8
 from trinity.ops.experts import describe_experts
 from trinity.ops.matmul import describe_matmul
 from trinity.ops.rms_norm import reference_residual_norm, residual_norm
@@ -125,6 +126,19 @@ class Transformer(nn.Module):
             if block.moe is not None:
                 block.moe.router.records_margins = True
 
+    def use_fp8(self, device: torch.device) -> None:
+        """From now on the products of the blocks' matrices, the router's aside, are those of `ops/fp8.py`.
+
+        Raises UserError where the `device` that is to compute them has none, or a width does not fit.
+        """
+        config = self.config
+        widths = {f"model.{name}": getattr(config, name) for name in ("dim", "ffn_dim", "expert_dim")}
+        widths["model.num_kv_heads * model.head_dim"] = config.num_kv_heads * config.head_dim
+        fp8.check(device, widths)
+        for module in self.layers.modules():
+            if isinstance(module, Linear | Experts):
+                module.fp8 = True
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Truncated normal matrices of deviation init_scale / sqrt(dim), norm gains and zero biases.
@@ -153,11 +167,13 @@ class Transformer(nn.Module):
         """Which path each operation takes here, for the log of a run."""
         weight = self.embed.weight
         fast = self.kernels == "fast"
+        first = self.blocks[0].attn.o
+        products = describe_matmul(weight) if fast else str(weight.dtype).removeprefix("torch.")
         return {
             "local attention": layout.local_plan.describe(),
             "global attention": layout.global_plan.describe(),
             "experts": describe_experts(weight.device) if fast else "reference, loop over experts",
-            "matrix products": describe_matmul(weight) if fast else str(weight.dtype).removeprefix("torch."),
+            "matrix products": fp8.describe(weight.device) if first.fp8 else products,
             "norms, RoPE, gate, routing": self._describe_small(weight.device) if fast else "reference",
         }
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from trinity.base.errors import UserError
 from trinity.ops import kernels
 from trinity.ops.autograd import once_differentiable
+from trinity.ops.fp8 import grouped_linear
 from trinity.ops.matmul import widens
 from trinity.ops.swiglu import reference_swiglu, swiglu, swiglu_gradient
 
@@ -77,11 +78,16 @@ def combine(y_RD: Tensor, weights_Nk: Tensor, order: Order) -> Tensor:
     return _Combine.apply(y_RD, weights_Nk, order.token_R, order.row_Nk)
 
 
-def grouped_experts(x_RD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_experts(
+    x_RD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ends_E: Tensor, *, fp8: bool = False
+) -> Tensor:
     """SwiGLU of expert e on rows ends[e-1] .. ends[e]; every row must belong to an expert, ends[E-1] = R.
 
-    Raises UserError on CUDA when D or F is no multiple of 8 (grouped_mm wants strides of 16 bytes).
+    `fp8`: with the products of `ops/fp8.py`. Raises UserError on CUDA when D or F is no multiple of 8 (grouped_mm wants
+    strides of 16 bytes).
     """
+    if fp8:
+        return grouped_linear(swiglu(grouped_linear(x_RD, gate_up_E2FD, ends_E)), down_EDF, ends_E)
     if x_RD.device.type == "cpu":
         return _CpuExperts.apply(x_RD, gate_up_E2FD, down_EDF, tuple(ends_E.tolist()))
     _check_widths(x_RD, down_EDF)
@@ -89,18 +95,20 @@ def grouped_experts(x_RD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ends_E
     return F.grouped_mm(swiglu(gate_up_R2F), down_EDF.transpose(1, 2), offs=ends_E)
 
 
-def experts_in_one(x_ND: Tensor, weights_Nk: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, order: Order) -> Tensor:
+def experts_in_one(
+    x_ND: Tensor, weights_Nk: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, order: Order, *, fp8: bool = False
+) -> Tensor:
     """`combine(grouped_experts(permute(x)))` as one operation that keeps less; on CUDA, else those three.
 
     Raises UserError as `grouped_experts` does.
     """
     if not kernels.enabled(x_ND):
-        y_RD = grouped_experts(permute(x_ND, order), gate_up_E2FD, down_EDF, order.ends_E)
+        y_RD = grouped_experts(permute(x_ND, order), gate_up_E2FD, down_EDF, order.ends_E, fp8=fp8)
         return combine(y_RD, weights_Nk, order)
     from trinity.ops.kernels.experts import Experts
 
     _check_widths(x_ND, down_EDF)
-    return Experts.apply(x_ND, weights_Nk, gate_up_E2FD, down_EDF, *order)
+    return Experts.apply(x_ND, weights_Nk, gate_up_E2FD, down_EDF, *order, fp8)
 
 
 def _check_widths(x: Tensor, down_EDF: Tensor) -> None:

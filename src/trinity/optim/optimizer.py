@@ -1,6 +1,7 @@
 """One optimizer for a model: Muon on hidden matrices, torch's fused AdamW on the rest."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,12 @@ from trinity.optim.groups import describe, group_parameters
 from trinity.optim.muon import Exchange, Muon
 
 
+class Trained(Protocol):
+    """A model, or its adapters."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
 class MuonAdamW:
     """Steps every trainable parameter; a step can be skipped on the device, without a host sync.
 
@@ -20,7 +27,7 @@ class MuonAdamW:
     """
 
     def __init__(
-        self, model: nn.Module, config: ModelConfig, settings: OptimConfig, exchange: Exchange | None = None
+        self, model: Trained, config: ModelConfig, settings: OptimConfig, exchange: Exchange | None = None
     ) -> None:
         self.settings = settings
         self.groups = group_parameters(model.named_parameters(), config, settings)
@@ -129,7 +136,8 @@ def _part(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def build_optimizer(
-    model: nn.Module, config: ModelConfig, settings: OptimConfig, exchange: Exchange | None = None
+    model: Trained, config: ModelConfig, settings: OptimConfig, exchange: Exchange | None = None
 ) -> MuonAdamW:
-    """The optimizer of a whole or sharded model whose parameters have the names of `trinity.model`."""
+    """The optimizer of a whole or sharded model whose parameters have the names of `trinity.model`, or of its
+    adapters."""
     return MuonAdamW(model, config, settings, exchange)

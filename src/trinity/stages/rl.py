@@ -15,6 +15,7 @@ from trinity.config import LossConfig, RLConfig, RunConfig
 from trinity.data.rows import to_device
 from trinity.evals import arithmetic
 from trinity.evals.scoring import target_logprobs
+from trinity.export.afmoe import write_model
 from trinity.model.transformer import Transformer
 from trinity.ops.cross_entropy import token_logprobs_and_entropies
 from trinity.optim.schedule import StepPlan
@@ -24,6 +25,7 @@ from trinity.rl.rollout import Rollouts, Scorer
 from trinity.rl.rows import PolicyRows, ReplayRows
 from trinity.rl.sample import Sampler, Task
 from trinity.rl.samplers import CopySampler, LiveSampler
+from trinity.rl.server import ServerSampler
 from trinity.stages.evaluations import arithmetic_evaluation, sample_evaluation
 from trinity.stages.setup import SILENT, Stage, StageResult, open_stage, run_stage
 from trinity.train.job import Evaluation, Outcome, Progress, TrainJob
@@ -65,6 +67,8 @@ def run(
         raise UsageError(
             "rl.ahead needs a copy of the weights, which several processes do not make: use rl.ahead=false"
         )
+    if settings.server and stage.sharding is not None:
+        raise UsageError("rl.server is synced by one process: start without torchrun, or sample natively")
     source = arithmetic_tasks(stage) if environment is None else environment(stage)
     seed = derive(config.runtime.seed, "rl")
     rollouts = Rollouts(settings, _fitting(source, settings), _sampler(stage, settings), scorer(stage.model), seed)
@@ -163,9 +167,18 @@ class PolicyGradient:
 
 
 def _sampler(stage: Stage, settings: RLConfig) -> Sampler:
+    if settings.server:
+        return ServerSampler(settings, stage.tokenizer, stage.run.path / "served", lambda target: _serve(stage, target))
     if settings.ahead:
         return CopySampler(stage.model, stage.tokenizer, settings)
     return LiveSampler(stage.model, stage.tokenizer, settings, stage.gathered)
+
+
+def _serve(stage: Stage, target: Path) -> None:
+    """The weights as they are, for a server to load. What the stage leaves at its end passes the parity gate; this,
+    written once a step, does not."""
+    dtype = getattr(torch, stage.config.runtime.dtype)
+    write_model(stage.model, stage.config.model, stage.tokenizer, target, dtype=dtype)
 
 
 def scorer(model: Transformer) -> Scorer:

@@ -12,12 +12,15 @@ import torch
 
 from trinity.base import dist
 from trinity.base.errors import UsageError, UserError
+from trinity.base.rng import derive
 from trinity.base.rundir import RunDir
-from trinity.config import ModelConfig, RunConfig, StageConfig, check_parallel
+from trinity.config import ModelConfig, OptimConfig, RunConfig, StageConfig, check_parallel
 from trinity.data.shards import Shards
 from trinity.export.afmoe import export_afmoe
+from trinity.export.peft import export_peft
 from trinity.export.shards import export_shards
 from trinity.infer.load import checkpoint_tensors, find, find_tokenizer, has_tokenizer, weights
+from trinity.model.lora import Adapters, adapted_matrices
 from trinity.model.transformer import Transformer
 from trinity.ops.borrowed_cross_entropy import check_kind
 from trinity.optim.optimizer import MuonAdamW, build_optimizer
@@ -40,6 +43,9 @@ GATE_PARAMS = 10_000_000_000
 """Of a model trained by several processes, up to this size the export compares logits, for which one process holds
 three copies in float32 on the CPU; beyond it compares tensors."""
 
+ADAPTED_STAGES = ("sft", "rl")
+"""Stages that `lora` is for."""
+
 GATHERED_SHARE = 0.4
 """Of a GPU's memory that all weights may take for an evaluation that generates; beyond it those are left out."""
 
@@ -60,6 +66,10 @@ class Stage:
     optimizer: MuonAdamW
     sharding: Sharding | None = None
     """Where several processes train: how the model is spread over them."""
+    adapters: Adapters | None = None
+    """Low-rank adapters, where only they train."""
+    start_from: Path | None = None
+    """What the weights came from."""
 
     @property
     def data_rank(self) -> int:
@@ -119,12 +129,12 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
     """Device, tokenizer, model (new, or of `start_from`: a model or run directory) and optimizer.
 
     Raises UserError or UsageError for a device that is not there, a tokenizer that is missing or has more entries than
-    the model, a model of another shape, and rows longer than the model's positions.
+    the model, a model of another shape, and, but in `extend`, rows longer than the model's positions.
     """
     settings: StageConfig = getattr(config, name)
     if dist.world_size() > 1:
         check_parallel(config, name, dist.world_size())
-    if settings.seq_len > config.model.max_positions:
+    if settings.seq_len > config.model.max_positions and name != "extend":  # which may train beyond the target
         raise UsageError(
             f"{name}.seq_len = {settings.seq_len} exceeds model.max_positions = {config.model.max_positions}: "
             "lower the one or raise the other"
@@ -150,9 +160,32 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
         sharding.init_weights(config.runtime.seed)
     if sharding is None and not config.runtime.master_weights:
         model.to(getattr(torch, config.runtime.dtype))
+    adapters, trained, optim = None, model, config.optim
+    if config.lora.enabled and name in ADAPTED_STAGES:
+        adapters = trained = _open_adapters(config, device, sharding)
+        optim = _adapter_optim(config)
     exchange = None if sharding is None else MuonExchange(sharding, config.model)
-    optimizer = build_optimizer(model, config.model, config.optim, exchange)
-    return Stage(name, config, settings, RunDir(run_dir), device, tokenizer, model, optimizer, sharding)
+    optimizer = build_optimizer(trained, config.model, optim, exchange)
+    run = RunDir(run_dir)
+    return Stage(name, config, settings, run, device, tokenizer, model, optimizer, sharding, adapters, start_from)
+
+
+def _open_adapters(config: RunConfig, device: torch.device, sharding: Sharding | None) -> Adapters:
+    if sharding is not None:
+        raise UsageError("lora trains in one process: start without torchrun, or set all ranks of [lora] to 0")
+    if not any(adapted_matrices(config.model, config.lora)):
+        raise UsageError(
+            "lora gives a rank only to matrices that this model does not have (lora.dense, lora.shared and lora.gate "
+            "need dense layers, a shared expert and the attention's gate)"
+        )
+    return Adapters(config.model, config.lora, device, derive(config.runtime.seed, "lora"))
+
+
+def _adapter_optim(config: RunConfig) -> OptimConfig:
+    """The optimizer's settings with those of the adapters in their place."""
+    lora = config.lora
+    own = {"hidden": lora.optimizer, "muon_lr": lora.lr, "adamw_lr": lora.lr, "weight_decay": lora.weight_decay}
+    return config.optim.model_copy(update=own)
 
 
 def _open_model(config: RunConfig, device: torch.device) -> tuple[Transformer, Sharding | None]:
@@ -161,6 +194,8 @@ def _open_model(config: RunConfig, device: torch.device) -> tuple[Transformer, S
     several = dist.world_size() > 1
     with torch.device("meta") if several else device:
         model = Transformer(config.model, kernels=runtime.kernels, recompute=runtime.recompute)
+    if runtime.fp8:
+        model.use_fp8(device)
     compile_blocks(model, runtime, device)
     if not several:
         return model, None
@@ -258,7 +293,9 @@ def run_stage(stage: Stage, job: TrainJob) -> StageResult:
     if not stage.run.read_events("start") and stage.run.model.exists():  # it would be replaced at the end
         raise UserError(f"{stage.run.model} exists already, but no run is recorded beside it: choose another --run-dir")
     stage.run.create()
-    result = train(replace(job, about={**about(stage, job), **job.about}, sharding=stage.sharding))
+    result = train(
+        replace(job, about={**about(stage, job), **job.about}, sharding=stage.sharding, adapters=stage.adapters)
+    )
     if not (result.finished and stage.config.checkpoint.enabled):
         return StageResult(result, None)
     dist.place.arrive("the export")
@@ -279,3 +316,5 @@ def _export(stage: Stage, step: int) -> None:
         model = Transformer(config)
         model.load_state_dict({name: saved.read(name) for name in saved.names})
     export_afmoe(model, config, stage.tokenizer, target, dtype=dtype, origin=origin, force=True)
+    if stage.adapters is not None:
+        export_peft(stage.adapters, str(stage.start_from), stage.run.path / "adapter")

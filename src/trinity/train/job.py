@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from trinity.base.rundir import RunDir
 from trinity.config import RunConfig, StageConfig
+from trinity.model.lora import Adapters
 from trinity.optim.schedule import StepPlan
 from trinity.parallel.shard import Sharding
 from trinity.train.losses import LossFunction
@@ -128,6 +129,8 @@ class TrainJob:
     progress: Progress = field(default_factory=Silent)
     sharding: Sharding | None = None
     """Of a model whose weights are spread over the ranks; without it every rank has a copy."""
+    adapters: Adapters | None = None
+    """Low-rank adapters, which then are all that trains; the optimizer is built over them."""
 
 
 @dataclass(frozen=True)

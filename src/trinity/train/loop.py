@@ -19,6 +19,7 @@ from trinity.base.errors import UserError
 from trinity.base.rundir import RunDir
 from trinity.optim.schedule import PlannedStep
 from trinity.train import resume
+from trinity.train.adapted import AdaptedWeights
 from trinity.train.evaluating import evaluate, is_due
 from trinity.train.guard import GuardPolicy, SpikeGuard
 from trinity.train.hardware import peak_flops
@@ -63,7 +64,12 @@ class _Loop:
         dtype = getattr(torch, config.runtime.dtype)
         # A sharded model gathers its weights in that type by itself.
         copies = config.runtime.master_weights and job.sharding is None
-        self.masters = MasterWeights(job.model, dtype if copies else torch.float32)
+        working = dtype if copies else torch.float32
+        self.masters = (
+            MasterWeights(job.model, working)
+            if job.adapters is None
+            else AdaptedWeights(job.model, job.adapters, dtype)
+        )
         self.guard = SpikeGuard(config.guard, self.device)
         self.policy = GuardPolicy(config.guard)
         self.watch = ExpertWatch()

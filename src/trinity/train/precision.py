@@ -32,6 +32,7 @@ class MasterWeights:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, keep: tuple[str, ...] = KEEP) -> None:
+        self._model = model
         self._pairs: list[_Pair] = []
         for prefix, module in model.named_modules():
             for attribute, master in list(module.named_parameters(recurse=False)):
@@ -47,6 +48,17 @@ class MasterWeights:
     def masters(self) -> dict[str, Tensor]:
         """The float32 parameters by name; those without a working copy are not among them."""
         return {pair.name: pair.master for pair in self._pairs}
+
+    def trained(self) -> dict[str, Tensor]:
+        """What has gradients and an optimizer, by name: every trainable parameter, masters where there are any."""
+        masters = self.masters()
+        named = {name: masters.get(name, working) for name, working in self._model.named_parameters()}
+        return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, references: parameters and persistent buffers by name, masters in place of their
+        working copies."""
+        return {**self._model.state_dict(), **self.masters()}
 
     @torch.no_grad()
     def refresh(self) -> None:

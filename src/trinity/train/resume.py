@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trinity.base import dist
 from trinity.base.errors import UserError
@@ -18,7 +18,6 @@ from trinity.config import RunConfig, resolve, to_toml
 from trinity.parallel.shard import Sharding
 from trinity.parallel.slices import Slice
 from trinity.train.checkpoint import Part
-from trinity.train.precision import MasterWeights
 
 STAGES = ("pretrain", "extend", "sft", "rl")
 CHANGEABLE = (
@@ -92,11 +91,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def model_state(model: nn.Module, masters: MasterWeights) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, float32 masters in place of their working copies; references."""
-    return {**model.state_dict(), **masters.masters()}
 
 
 def state_slices(sharding: Sharding, optimizer: Mapping[str, Tensor]) -> dict[str, Slice]:

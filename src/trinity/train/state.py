@@ -9,6 +9,7 @@ from torch import Tensor
 from trinity.base import dist
 from trinity.base.errors import UserError
 from trinity.train import resume
+from trinity.train.adapted import AdaptedWeights
 from trinity.train.checkpoint import Snapshot, load_checkpoint
 from trinity.train.guard import GuardPolicy, SpikeGuard
 from trinity.train.host_copy import HostCopies
@@ -34,7 +35,7 @@ class TrainingState:
     """What a checkpoint covers: model, optimizer, source, random state, guard and expert watch."""
 
     job: TrainJob
-    masters: MasterWeights
+    masters: MasterWeights | AdaptedWeights
     guard: SpikeGuard
     policy: GuardPolicy
     watch: ExpertWatch
@@ -77,7 +78,7 @@ class TrainingState:
     def _model(self) -> dict[str, Tensor]:
         if self.job.sharding is not None:
             return self.job.sharding.state()
-        return resume.model_state(self.job.model, self.masters)
+        return self.masters.state()
 
     def restore(self, path: Path) -> Position:
         """Take over a checkpoint of any layout. Raises UserError when it is damaged or of another stage, plan, model

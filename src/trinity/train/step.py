@@ -17,6 +17,7 @@ from trinity.model.balance import apply_balance, needs_margins
 from trinity.model.transformer import Transformer
 from trinity.optim.schedule import PlannedStep
 from trinity.parallel.shard import Sharding
+from trinity.train.adapted import AdaptedWeights
 from trinity.train.guard import SpikeGuard
 from trinity.train.job import Optimizer
 from trinity.train.launch import Graphed, Launched, is_recorded
@@ -37,7 +38,7 @@ class StepRunner:
     loss: LossFunction
     config: RunConfig
     guard: SpikeGuard
-    masters: MasterWeights
+    masters: MasterWeights | AdaptedWeights
     device: torch.device
     sharding: Sharding | None = None
     """Of a model whose weights are spread over ranks; without it ranks hold copies."""
@@ -53,9 +54,7 @@ class StepRunner:
     def _launcher(self) -> Launched:
         alone = dist.world_size() == 1 and self.sharding is None
         if is_recorded(self.config.runtime, self.device, self.loss, self.config.loss, alone=alone):
-            masters = self.masters.masters()
-            parameters = [masters.get(name, working) for name, working in self.model.named_parameters()]
-            return Graphed(self.model, self.loss, self.config.loss, parameters)
+            return Graphed(self.model, self.loss, self.config.loss, self.masters.trained().values())
         return Launched(self.model, self.loss, self.config.loss)
 
     def run(self, planned: PlannedStep, micro_batches: Sequence[Any], *, stop: bool = False) -> Packed:
@@ -96,12 +95,8 @@ class StepRunner:
         """Gradients of every trainable parameter by name, summed over ranks; of sharded ones this rank's part."""
         if self.sharding is not None:
             return self.sharding.gradients()
-        masters = self.masters.masters()
         gradients = {}
-        for name, working in self.model.named_parameters():
-            parameter = masters.get(name, working)
-            if not parameter.requires_grad:
-                continue
+        for name, parameter in self.masters.trained().items():
             if parameter.grad is None:
                 if dist.world_size() == 1:
                     continue

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trinity.ops.autograd import once_differentiable
+from trinity.ops.fp8 import quantize_columns, quantize_rows, scaled_product
 from trinity.ops.kernels import power_of_two, warps
 
 
@@ -155,15 +156,15 @@ class SwiGLU(torch.autograd.Function):
 
 
 class Experts(torch.autograd.Function):
-    """All of the routed experts of a layer: (x [N, D], weights [N, k], gate_up, down, order) -> [N, D]."""
+    """All of the routed experts of a layer: (x [N, D], weights [N, k], gate_up, down, order, fp8) -> [N, D]."""
 
     @staticmethod
-    def forward(ctx, x_ND, weights_Nk, gate_up_E2FD, down_EDF, token_R, row_Nk, ends_E):
+    def forward(ctx, x_ND, weights_Nk, gate_up_E2FD, down_EDF, token_R, row_Nk, ends_E, fp8):
         weights_R = _by_row(weights_Nk.float(), row_Nk)
-        gate_up_R2F = F.grouped_mm(gather_rows(x_ND, token_R), gate_up_E2FD.transpose(1, 2), offs=ends_E)
-        y_RD = F.grouped_mm(swiglu_rows(gate_up_R2F, weights_R), down_EDF.transpose(1, 2), offs=ends_E)
+        gate_up_R2F = _forward(gather_rows(x_ND, token_R), gate_up_E2FD, ends_E, fp8)
+        y_RD = _forward(swiglu_rows(gate_up_R2F, weights_R), down_EDF, ends_E, fp8)
         ctx.save_for_backward(x_ND, weights_R, gate_up_E2FD, down_EDF, gate_up_R2F, token_R, row_Nk, ends_E)
-        ctx.weights_dtype = weights_Nk.dtype
+        ctx.weights_dtype, ctx.fp8 = weights_Nk.dtype, fp8
         return add_up_rows(y_RD, row_Nk)
 
     @staticmethod
@@ -171,16 +172,30 @@ class Experts(torch.autograd.Function):
     def backward(ctx, *d_outputs: Tensor):
         x_ND, weights_R, gate_up_E2FD, down_EDF, gate_up_R2F, token_R, row_Nk, ends_E = ctx.saved_tensors
         d_y_RD = gather_rows(d_outputs[0], token_R)
-        d_hidden_RF = F.grouped_mm(d_y_RD, down_EDF, offs=ends_E)
+        d_hidden_RF = _backward(d_y_RD, down_EDF, ends_E, ctx.fp8)
         d_gate_up_R2F, hidden_RF, d_weights_R = swiglu_rows_backward(d_hidden_RF, gate_up_R2F, weights_R)
         assert hidden_RF is not None
         assert d_weights_R is not None
         d_down_EDF = F.grouped_mm(d_y_RD.t(), hidden_RF, offs=ends_E)
         del d_y_RD, hidden_RF, d_hidden_RF
-        d_x_ND = add_up_rows(F.grouped_mm(d_gate_up_R2F, gate_up_E2FD, offs=ends_E), row_Nk)
+        d_x_ND = add_up_rows(_backward(d_gate_up_R2F, gate_up_E2FD, ends_E, ctx.fp8), row_Nk)
         d_gate_up_E2FD = F.grouped_mm(d_gate_up_R2F.t(), gather_rows(x_ND, token_R), offs=ends_E)
         d_weights_Nk = d_weights_R.index_select(0, row_Nk.flatten()).view_as(row_Nk).to(ctx.weights_dtype)
-        return d_x_ND, d_weights_Nk, d_gate_up_E2FD, d_down_EDF, None, None, None
+        return d_x_ND, d_weights_Nk, d_gate_up_E2FD, d_down_EDF, None, None, None, None
+
+
+def _forward(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor, fp8: bool) -> Tensor:
+    """[R, F]: x times each expert's transposed matrix."""
+    if fp8:
+        return scaled_product(quantize_rows(x_RD), quantize_rows(weight_EFD), x_RD.dtype, ends_E)
+    return F.grouped_mm(x_RD, weight_EFD.transpose(1, 2), offs=ends_E)
+
+
+def _backward(d_RF: Tensor, weight_EFD: Tensor, ends_E: Tensor, fp8: bool) -> Tensor:
+    """[R, D]: a gradient times each expert's matrix."""
+    if fp8:
+        return scaled_product(quantize_rows(d_RF), quantize_columns(weight_EFD), d_RF.dtype, ends_E)
+    return F.grouped_mm(d_RF, weight_EFD, offs=ends_E)
 
 
 def _by_row(weights_Nk: Tensor, row_Nk: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ prepares /tmp, starts the program and waits for it; the program itself has given
 the kernel kills whatever is left.
 """
 
+import fcntl
 import gc
 import importlib
 import os
@@ -254,8 +255,10 @@ class Worker:
         self, header: dict[str, Any], source: bytes, given: bytes, handles: list[int], done: int, nonce: bytes
     ) -> NoReturn:
         os.setsid()
-        stdin = os.memfd_create("stdin", os.MFD_CLOEXEC)
+        stdin = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         _write_whole(stdin, given)
+        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(stdin, fcntl.F_ADD_SEALS, seals)
         os.lseek(stdin, 0, os.SEEK_SET)
         targets = [os.dup(handle) for handle in (stdin, handles[1], handles[2], done)]
         high = max(targets) + 8

@@ -140,7 +140,11 @@ class Sandbox:
 
         A program that leaves before, even with status 0, does not pass: tests at its end would not have run.
         """
-        outcome = self.run(program, seconds=seconds)
+        return self.passes_with(program, seconds=seconds)
+
+    def passes_with(self, program: str, *, files: Files | None = None, seconds: float | None = None) -> bool:
+        """`passes`, with files beside the program."""
+        outcome = self.run(program, files=files, seconds=seconds)
         return outcome.completed and outcome.status == 0
 
     def _run(

@@ -25,9 +25,10 @@ def confine(limits: dict[str, Any], filter_program: bytes, capabilities: int, *,
     size(resource.RLIMIT_CPU, (limits["cpu_seconds"], limits["cpu_seconds"] + 1))
     size(resource.RLIMIT_FSIZE, (disk,) * 2)
     size(resource.RLIMIT_NOFILE, (limits["open_files"],) * 2)
-    size(resource.RLIMIT_CORE, (0, 0))
+    size(resource.RLIMIT_CORE, (1, 1))  # 0 would still start the machine's own handler of crashes, 1 does not: core(5)
     size(resource.RLIMIT_MEMLOCK, (0, 0))
     size(resource.RLIMIT_MSGQUEUE, (0, 0))
+    size(resource.RLIMIT_SIGPENDING, (256, 256))
     if namespaces:  # elsewhere every process of the user counts
         size(resource.RLIMIT_NPROC, (limits["processes"] + 1,) * 2)  # the process that watches the program counts too
         kernel.drop_capabilities(capabilities)
@@ -47,6 +48,7 @@ def run_python(source: bytes, arguments: list[str], nonce: bytes) -> NoReturn:
     """Run a program's text as `__main__`, as the interpreter does with a file, and leave with its status."""
     leave, write = os._exit, os.write  # the program may put others in their place
     _fresh_streams()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     module = ModuleType("__main__")
     module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = module
@@ -99,8 +101,8 @@ def _fresh_streams() -> None:
 
 
 def reset_signals() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    """For the worker and process 1, which no program can reach with a signal that has no handler."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 

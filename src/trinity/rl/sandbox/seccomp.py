@@ -46,12 +46,14 @@ _TABLE = """
     wait4:61:260 waitid:247:95 write:1:64 writev:20:66
 """
 
-_CHECKED = ("clone", "clone3", "ioctl", "prctl", "socket", "socketpair")
+CHECKED = ("clone", "clone3", "ioctl", "prctl", "prlimit64", "setsockopt", "socket", "socketpair")
+"""Allowed for some arguments only."""
 _NEW_NAMESPACES = 0x7E020080  # CLONE_NEW* of linux/sched.h, CLONE_NEWTIME included
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
 _PRCTLS = (1, 3, 15, 16, 21, 23, 39, 0x53564D41)
 """PDEATHSIG, GET_DUMPABLE, SET_NAME, GET_NAME, GET_SECCOMP, CAPBSET_READ, GET_NO_NEW_PRIVS, SET_VMA"""
 _AF_UNIX = 1
+_SOCKET_FILTERS = (26, 50, 51, 52)  # SO_ATTACH_FILTER, SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF, ..._EBPF
 _X32 = 0x40000000
 _EPERM, _ENOTTY, _ENOSYS, _EAFNOSUPPORT = 1, 25, 38, 97
 
@@ -79,7 +81,7 @@ def bpf(machine: str) -> bytes:
         _step(_RETURN, _KILL),
     ]
     for name, number in known.items():
-        if name not in _CHECKED:
+        if name not in CHECKED:
             program += [_step(_JUMP_EQUAL, number, 0, 1), _step(_RETURN, _ALLOW)]
     program += _when(known["clone3"], [_refuse(_ENOSYS)])  # its flags are in memory: libraries go on with clone
     program += _when(
@@ -90,6 +92,8 @@ def bpf(machine: str) -> bytes:
         program += _when(known[name], _one_of(0, (_AF_UNIX,), _EAFNOSUPPORT))
     program += _when(known["ioctl"], _one_of(1, _IOCTLS, _ENOTTY))
     program += _when(known["prctl"], _one_of(0, _PRCTLS, _EPERM))
+    program += _when(known["prlimit64"], _one_of(0, (0,), _EPERM))  # of the caller itself
+    program += _when(known["setsockopt"], _none_of(2, _SOCKET_FILTERS, _EPERM))
     program.append(_refuse(_EPERM))
     return b"".join(program)
 
@@ -110,6 +114,11 @@ def _argument(index: int) -> bytes:
 def _when(number: int, block: list[bytes]) -> list[bytes]:
     """A block, which must end in a return, for one system call."""
     return [_step(_JUMP_EQUAL, number, 0, len(block)), *block]
+
+
+def _none_of(argument: int, values: tuple[int, ...], errno: int) -> list[bytes]:
+    tests = [_step(_JUMP_EQUAL, value, len(values) - i, 0) for i, value in enumerate(values)]
+    return [_argument(argument), *tests, _step(_RETURN, _ALLOW), _refuse(errno)]
 
 
 def _one_of(argument: int, values: tuple[int, ...], errno: int) -> list[bytes]:

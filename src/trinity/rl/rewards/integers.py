@@ -1,4 +1,4 @@
-"""Rewards that a program can verify."""
+"""Integers as answers."""
 
 import re
 
