@@ -102,11 +102,21 @@ def recipe(options: argparse.Namespace, backend: str) -> CurateConfig:
                 "model": options.model,
                 "endpoints": [endpoint] if backend == "endpoint" else [],
                 "concurrency": options.seqs,
-                "engine": {"max_model_len": options.max_model_len, "gpu_memory_utilization": 0.8},
+                "workers": 1,
+                "engine": engine(options),
                 "on_gpu": not options.cpu,
             },
         }
     )
+
+
+def engine(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the engine, the same in every way of asking."""
+    found: dict[str, Any] = {"max_model_len": options.max_model_len, "dtype": options.dtype}
+    found["enforce_eager"] = options.eager
+    if options.cpu:  # seeds and prompts in parts do not go together in vLLM's CPU build
+        return {**found, "enable_chunked_prefill": False, "max_num_batched_tokens": 32768}
+    return {**found, "gpu_memory_utilization": 0.8}
 
 
 def bodies(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -165,10 +175,7 @@ def direct(options: argparse.Namespace, asked: list[dict[str, Any]], folder: Pat
     """`LLM.chat` over all requests."""
     path = folder / "bodies.json"
     path.write_text(json.dumps(asked))
-    settings = {"max_num_seqs": options.seqs, "max_model_len": options.max_model_len}
-    settings |= {"dtype": options.dtype, "enforce_eager": options.eager}
-    if not options.cpu:
-        settings["gpu_memory_utilization"] = 0.8
+    settings = {"max_num_seqs": options.seqs, **engine(options)}
     command = [sys.executable, "-c", DIRECT, str(path), options.model, json.dumps(settings), str(WARM_UP)]
     environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -184,9 +191,9 @@ def server(options: argparse.Namespace) -> Iterator[None]:
     """vLLM's server on PORT, ready."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={options.model}"]
     command += ["--served-model-name=writer", f"--port={PORT}", f"--max-num-seqs={options.seqs}"]
-    command += [f"--max-model-len={options.max_model_len}", f"--dtype={options.dtype}"]
-    command += ["--enforce-eager"] if options.eager else []
-    command += [] if options.cpu else ["--gpu-memory-utilization=0.8"]
+    for name, value in engine(options).items():
+        flag = name.replace("_", "-")
+        command.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}")
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=log, start_new_session=True

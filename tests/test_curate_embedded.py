@@ -18,7 +18,7 @@ from trinity.export.afmoe import export_afmoe
 
 def test_a_model_that_is_not_there_or_not_whole_is_named(tmp_path: Path) -> None:
     missing = GenerateConfig(model=str(tmp_path / "none"))
-    with pytest.raises(UserError, match="generate.model: there is no"), embedded(missing):
+    with pytest.raises(UserError, match=r"generate\.model: there is no"), embedded(missing):
         pass
     (tmp_path / "empty").mkdir()
     with (
