@@ -72,7 +72,7 @@ class Graph:
             return guarded(lambda: function(items[row["item"]], *shared))
 
         rows = self._ray.data.from_items([{"item": n} for n in range(len(items))], override_num_blocks=len(items))
-        mapped = rows.map(work, compute=self._ray.data.TaskPoolStrategy(size=self._settings.workers), **self.task)
+        mapped = rows.map(work, compute=self._tasks(len(items)), **self.task)
         for row in mapped.iter_rows():
             yield opened(row)
 
@@ -109,9 +109,14 @@ class Graph:
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=BLOCKS_IN_HAND),
             num_cpus=0,
         )
-        finished = asked.map(done, compute=ray.data.TaskPoolStrategy(size=self._settings.workers), **self.task)
+        finished = asked.map(done, compute=self._tasks(len(blocks)), **self.task)
         for row in finished.iter_rows():
             yield opened(row)
+
+    def _tasks(self, most: int) -> Any:
+        """As many tasks at a time as the settings say; None: as many as there are CPUs."""
+        limit = self._settings.workers
+        return self._ray.data.TaskPoolStrategy(size=None if limit is None else min(limit, most))
 
     def purse(self, config: CurateConfig, tokens: int, money: float) -> PurseLike | None:
         """One for all workers, with what was spent so far; None without limits."""
