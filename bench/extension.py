@@ -29,6 +29,7 @@ from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # many short texts, one after the other
 
 import torch
 

@@ -180,7 +180,7 @@ def run_all(start: Path, result: dict[str, Any], options: argparse.Namespace, de
     reported = time.monotonic()
     try:
         while (waiting or running) and time.monotonic() < deadline:
-            while waiting and len(running) < options.parallel:
+            while waiting and len(running) < (options.parallel if warm(options.out, everything, waiting) else 1):
                 variant, seed = waiting.pop(0)
                 folder = options.out / f"{variant}-{seed}"
                 if folder.exists():
@@ -213,6 +213,16 @@ def run_all(start: Path, result: dict[str, Any], options: argparse.Namespace, de
             states[f"{variant}-{seed}"] = "cut short"
         collect(everything, states, result, options)
     return all(state == "finished" for state in states.values()) and not waiting
+
+
+def warm(out: Path, everything: Sequence[tuple[str, int]], waiting: Sequence[tuple[str, int]]) -> bool:
+    """Whether the first run has done a step or others have begun: what it compiles the others find."""
+    begun = len(everything) - len(waiting)
+    return begun > 1 or (begun == 1 and steps_done(out / named(everything[0])) > 0)
+
+
+def named(run: tuple[str, int]) -> str:
+    return f"{run[0]}-{run[1]}"
 
 
 def steps_done(folder: Path) -> int:

@@ -120,8 +120,7 @@ class Training:
 
     def muon_step(self) -> dict[str, torch.Tensor]:
         """The weights after one optimizer step on made-up gradients, from the starting weights."""
-        parameters = {**dict(self.model.named_parameters()), **self.runner.masters.masters()}
-        for name, parameter in parameters.items():
+        for name, parameter in self.runner.masters.trained().items():
             shape = self.sharding.slices[name].shape if self.sharding else tuple(parameter.shape)
             seed = sum(name.encode())
             whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)

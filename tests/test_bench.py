@@ -25,7 +25,7 @@ from trinity.train import step
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
-EXPERIMENTS = ["packing", "balancing", "optimizers", "ablations"]
+EXPERIMENTS = ["packing", "balancing", "optimizers", "ablations", "paths"]
 TOY = """
 [model]
 vocab_size = 512
@@ -137,11 +137,12 @@ def toy_settings(settings: list[str]) -> list[str]:
 def test_every_variant_runs(name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At toy size, in this process: figures of every metric, and a drawing of them."""
     content = tomllib.loads((BENCH / f"{name}.toml").read_text())
+    common = [each for each in content.get("settings", []) if not each.startswith("pretrain.phases")]  # of real text
     runs: dict[str, Any] = {}
     monkeypatch.setattr(step, "apply_balance", step.apply_balance)  # put back what a run puts there
     for variant, settings in content["variants"].items():
         data = (f"data.shards={inputs / 'shards'}", f"data.tokenizer={inputs / 'tokenizer'}")
-        words = ("demo", *data, *content.get("settings", []), *toy_settings(settings))
+        words = ("demo", *data, *common, *toy_settings(settings))
         arguments = ["one_run.py", *words, "--overlay", str(inputs / "toy.toml"), "--run-dir", str(tmp_path / variant)]
         monkeypatch.setattr(sys, "argv", arguments)
         one_run.main()

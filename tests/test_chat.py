@@ -124,3 +124,25 @@ def test_a_turn_that_nobody_heard_to_its_end_is_gone_on_from(model: Transformer,
     assert session.finish == "cancelled"
     session.reset()
     assert list(session.send("the cat"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "kept"),
+    [("the mat", "the mat", True), ("  the mat", "  the mat", True), ("the mat. sat", "the mat", False)],
+)
+def test_what_was_generated_is_gone_on_from_where_the_template_shows_it(
+    model: Transformer, tokenizer: Tokenizer, answer: str, text: str, kept: bool
+) -> None:
+    """White space before it is left out by the template; a stop string cut it in the last case."""
+    session = ChatSession(model, tokenizer, params=GREEDY)
+    list(session.send("the cat"))
+    assert session._last is not None
+    request = session._last.request
+    generated = tokenizer.encode(answer)
+    request.completion.tokens, request.completion.text = generated, text
+    session.messages[-1]["content"] = text
+    messages = [*session.messages, {"role": "user", "content": "the dog"}]
+    ids = session._encode(messages)
+    assert (ids[: len(request.prompt) + len(generated)] == request.prompt + generated) == kept
+    whole, _ = tokenizer.encode_chat(messages, add_generation_prompt=True)
+    assert (ids == whole) == (answer == "the mat" or not kept)

@@ -16,6 +16,7 @@ from trinity.infer.cache import Cache
 from trinity.infer.engine import Engine
 from trinity.infer.forward import forward
 from trinity.infer.load import load_model
+from trinity.infer.request import Request
 from trinity.infer.sampling import SamplingParams
 from trinity.model.transformer import Transformer
 
@@ -165,6 +166,54 @@ def test_a_request_that_goes_on_reads_only_what_is_new(models: dict[str, Transfo
     assert request.completion.tokens == Engine(model).generate([changed], SHORT)[0].tokens
     assert engine.cache.used_bytes == engine.num_running == engine.num_waiting == 0
     assert all(len(Engine.generate(engine, [changed[:3]] * 3, SHORT)) == 3 for _ in range(2))  # both slots are free
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_nothing_leaks_whatever_is_cancelled_when(models: dict[str, Transformer], data: st.DataObject) -> None:
+    """Slots, blocks and reserved tokens all come back, each once, after any order of events."""
+    model = models["A"]
+    engine = Engine(model, max_batch=2, max_tokens=60, prefill_chunk=7, block=3)
+    alive: list[Request] = []
+    kept: list[Request] = []
+    for turn in range(data.draw(st.integers(1, 14))):
+        action = data.draw(st.sampled_from(["submit", "submit", "step", "step", "cancel", "follow", "release"]))
+        if action == "submit":
+            keep = data.draw(st.booleans()) and len(kept) == 0
+            row = tokens(data.draw(st.integers(1, 20)), model.config.vocab_size, turn)
+            alive.append(engine.submit(row, SHORT, keep=keep))
+            kept += alive[-1:] if keep else []
+        elif action == "step" and (engine.num_running or not kept or not kept[0].done):
+            engine.step()
+        elif action == "cancel" and alive:
+            engine.cancel(alive.pop(data.draw(st.integers(0, len(alive) - 1))))
+        elif action == "follow" and kept and kept[0].done:
+            before = kept.pop()
+            alive.append(engine.submit([*before.prompt, *before.completion.tokens, 1], SHORT, follow=before))
+        elif action == "release" and kept and kept[0].done:
+            engine.release(kept.pop())
+    for request in alive:
+        engine.cancel(request)
+    for request in kept:
+        engine.cancel(request)
+        engine.release(request)
+    assert engine.num_running == engine.num_waiting == engine.cache.used_bytes == 0
+    assert engine._schedule._reserved == 0
+    assert sorted(engine._schedule._free_slots) == [0, 1]
+    for pool in engine.cache.pools.values():
+        assert sorted(pool._free) == list(range(pool._num_blocks))
+    assert engine.cache.lengths == [0, 0]
+
+
+def test_kept_requests_that_hold_all_room_are_told(models: dict[str, Transformer]) -> None:
+    engine = Engine(models["A"], max_batch=1)
+    kept = engine.submit([1, 2], SHORT, keep=True)
+    while not kept.done:
+        engine.step()
+    with pytest.raises(UserError, match="release one"):
+        engine.generate([[3]], SHORT)
+    engine.release(kept)
+    assert len(engine.generate([[3]], SHORT)[0].tokens) == 5
 
 
 def test_chosen_experts_are_those_of_the_full_forward(models: dict[str, Transformer]) -> None:

@@ -14,6 +14,7 @@ from trinity.infer.engine import Engine
 from trinity.infer.forward import forward
 from trinity.infer.kernels import Kernels
 from trinity.infer.prefill import prefill
+from trinity.infer.prefix import answer_after
 from trinity.infer.request import Completion
 from trinity.infer.sampling import SamplingParams
 from trinity.model.transformer import Transformer
@@ -227,3 +228,15 @@ def test_fp8_weights_give_what_dequantised_weights_give() -> None:
                 block.moe.experts.gate_up.copy_(w.experts[0].wide(torch.float32))
                 block.moe.experts.down.copy_(w.experts[1].wide(torch.float32))
     compare(found, Engine(rounded.eval(), path="reference").generate([tokens(9)], GREEDY))
+
+
+@pytest.mark.gpu  # minutes in the interpreter
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_answers_after_one_reading_are_those_of_whole_prompts(model: Transformer) -> None:
+    start, tails = tokens(23), [tokens(2, 1), tokens(1, 2), tokens(9, 3)]
+    expected = Engine(model, path="reference").generate([start + tail for tail in tails], GREEDY)
+    for slots in (4, 3):  # all tails at once, and two at a time
+        engine = Engine(model, path="fast", max_batch=slots, block=2)
+        found = answer_after(engine, start, tails, 6, [], chunk=7)
+        assert found == [completion.tokens for completion in expected]
+        assert engine.cache.used_bytes == 0

@@ -17,7 +17,7 @@ from trinity.export.peft import export_peft, public_module
 from trinity.model.lora import Adapters, adapted_matrices, is_factor
 from trinity.model.transformer import Transformer
 from trinity.stages import pretrain, rl, sft
-from trinity.stages.setup import _open_adapters
+from trinity.stages.adapters import open_adapters
 from trinity.train.adapted import AdaptedWeights
 
 RANKS = {"attention": 3, "gate": 2, "dense": 4, "shared": 2, "experts": 2, "alpha": 6.0, "lr": 0.01}
@@ -211,10 +211,10 @@ def test_bfloat16_keeps_what_the_base_holds(folder, base, tmp_path):
 def test_ranks_without_matrices_and_several_processes_are_refused(folder):
     config = tiny_config(folder, lora={"gate": 4}, model={"attention_gate": False})
     with pytest.raises(UsageError, match="does not have"):
-        _open_adapters(config, torch.device("cpu"), None)
+        open_adapters(config, torch.device("cpu"), None)
     config = tiny_config(folder, lora=RANKS)
     with pytest.raises(UsageError, match="one process"):
-        _open_adapters(config, torch.device("cpu"), object())  # pyright: ignore[reportArgumentType]
+        open_adapters(config, torch.device("cpu"), object())  # pyright: ignore[reportArgumentType]
 
 
 def test_names_of_the_public_layout(folder):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -160,6 +161,36 @@ def test_no_control_group_is_left() -> None:
         assert all(folder.is_dir() for folder in folders)
         made._idle.put(worker)
     assert not any(folder.exists() for folder in folders)
+
+
+def test_a_sandbox_that_nobody_closes_and_owners_that_were_killed() -> None:
+    with small_sandbox():
+        pass
+    owner = """
+import os, sys
+from trinity.rl.sandbox.pool import Sandbox
+sandbox = Sandbox(workers=1)
+worker = sandbox._idle.get()
+print(worker._process.pid, *worker.group.folders.values(), flush=True)
+sandbox._idle.put(worker)
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), 9)
+"""
+    for end in ("left", "killed"):
+        command = [sys.executable, "-c", owner, end]
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": SOURCE}, capture_output=True, text=True, check=False
+        )
+        worker, *folders = done.stdout.split()
+        for _ in range(200):
+            if not Path("/proc", worker).exists():
+                break
+            time.sleep(0.05)
+        assert not Path("/proc", worker).exists()
+        if end == "killed":
+            with small_sandbox():
+                pass  # who comes next tidies up
+        assert not any(Path(folder).exists() for folder in folders), end
 
 
 def test_where_no_control_group_may_be_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Limits, the key, a failing engine, and the ending of the server; nobody's trouble is another's."""
 
+import asyncio
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from trinity.config import ServeConfig
 from trinity.export.afmoe import export_afmoe
 from trinity.infer.engine import Engine
 from trinity.serve.app import Service
+from trinity.serve.http import EventStream
 from trinity.serve.key import read_key
+from trinity.serve.metrics import Metrics
 from trinity.serve.run import MAX_HEAD_BYTES, fitting_tokens, listen
+from trinity.serve.worker import Gauges
 from trinity.tokenizer import Tokenizer
 
 LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 4000}
@@ -175,6 +179,38 @@ def test_a_client_that_does_not_read_holds_up_nobody(tokenizer: Tokenizer, monke
         assert server.chat(max_tokens=3)[0] == 200
         wait_for(lambda: server.service.desk.open == 0)
         deaf.close()
+
+
+def test_a_client_that_takes_nothing_for_a_while_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trinity.serve.http.STALL_SECONDS", 0.05)
+    metrics, closed, ended = Metrics("tiny", Gauges), list[bool](), list[bool]()
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield b"data: x\n\n"
+        finally:
+            ended.append(True)
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) > 3:
+            await asyncio.Event().wait()  # nobody reads
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def run() -> None:
+        deadline = asyncio.get_running_loop().time() + 600
+        stream = EventStream(events(), lambda: closed.append(True), deadline, metrics)
+        await asyncio.wait_for(stream({"type": "http"}, receive, send), 30)
+
+    asyncio.run(run())
+    assert closed == ended == [True]
+    assert len(sent) == 4
+    assert b"trinity_disconnects_total 1.0" in metrics.text()
 
 
 def test_the_key(tokenizer: Tokenizer) -> None:

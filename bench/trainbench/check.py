@@ -58,10 +58,9 @@ def gradients(config: RunConfig, rows: Rows, device: torch.device) -> dict[str, 
         runner.launcher.begin(runner.optimizer.zero_grad)
         loss = runner.launcher.run(batch, share).loss
     assert loss is not None
-    masters = runner.masters.masters()
     found = {"loss": loss.float().cpu()}
-    for name, working in runner.model.named_parameters():
-        gradient = masters.get(name, working).grad
+    for name, parameter in runner.masters.trained().items():
+        gradient = parameter.grad
         assert gradient is not None, f"{name} has no gradient"
         found[name] = gradient.float().cpu()
     runner.masters.restore()

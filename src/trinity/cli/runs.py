@@ -205,8 +205,6 @@ def _benchmarks(
 
 def _sandbox() -> "Sandbox":
     """What runs programs of code benchmarks; their tests use NumPy."""
-    import atexit
-
     import numpy
 
     from trinity.rl.sandbox.limits import MIB, Limits
@@ -214,9 +212,7 @@ def _sandbox() -> "Sandbox":
 
     limits = Limits(seconds=60.0, cpu_seconds=60, memory=4096 * MIB)
     packages = [Path(numpy.__file__).parents[1]]
-    made = Sandbox(limits, packages=packages, preload=["numpy"])
-    atexit.register(made.close)
-    return made
+    return Sandbox(limits, packages=packages, preload=["numpy"])
 
 
 def _score_rows(results: dict[str, dict[str, Any]]) -> list[tuple[object, ...]]:

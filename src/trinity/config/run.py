@@ -239,7 +239,15 @@ class SFTConfig(StageConfig):
 
 
 class RLConfig(StageConfig):
-    """Group-relative policy gradient on verifiable rewards: generated arithmetic unless code hands in tasks."""
+    """Group-relative policy gradient on verifiable rewards."""
+
+    environment: Literal["arithmetic", "word-problems", "instructions", "code", "repository"] = "arithmetic"
+    """What is asked: sums and products; questions with a number as answer; constraints on the form; small functions;
+    a repository to repair with tools. The last two run programs in the sandbox."""
+    questions: str = ""
+    """jsonl file of the questions of `word-problems` or `instructions`."""
+    held_out_tasks: NonNegativeInt = 64
+    """Held-out tasks that an evaluation plays, in the environments other than arithmetic."""
 
     steps: PositiveInt = 100
     prompts_per_step: PositiveInt = 32

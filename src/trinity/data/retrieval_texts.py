@@ -126,6 +126,10 @@ class Vocabulary:
                 return f"{first}-{second}-{self.word(draws)}"
             case 6:
                 return f"{first.capitalize()} {self.number(draws, 3)}"
+            case 7:
+                return first
+            case 8:
+                return first.capitalize()
             case _:
                 return f"{first}.{second}"
 
@@ -144,7 +148,7 @@ class Vocabulary:
                 return number
 
 
-KEY_FORMS = 8
+KEY_FORMS = 10
 VALUE_FORMS = len(DIGITS) + 2
 
 
@@ -157,7 +161,11 @@ class Scene:
 
     def __init__(self, draws: Draws, vocabulary: Vocabulary) -> None:
         self.draws, self.vocabulary = draws, vocabulary
-        self.style = Style(pick(draws, _NOUNS), pick(draws, STATEMENTS), pick(draws, ASKS), pick(draws, _ENDS))
+        statement = pick(draws, STATEMENTS)
+        before = statement.partition("{v}")[0].rstrip()
+        # Half of the questions begin the statement again: the shortest way to learn that looking back pays.
+        ask = before if "{k}" in before and draws.below(2) else pick(draws, ASKS)
+        self.style = Style(pick(draws, _NOUNS), statement, ask, pick(draws, _ENDS))
         self.key_form, self.value_form = draws.below(KEY_FORMS), draws.below(VALUE_FORMS)
         self._used: set[str] = set()
 

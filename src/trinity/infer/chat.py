@@ -136,8 +136,10 @@ class ChatSession:
             request = self._last.request
             answer = [token for token in request.completion.tokens if token not in request.params.stop_ids]
             said = request.completion.text
-            before = self._last.prompt + said
-            # Not where the template shows the answer otherwise, or characters or control tokens were left out.
-            if text.startswith(before) and self.tokenizer.decode(answer) == said:
-                return request.prompt + answer + self.tokenizer.encode(text[len(before) :], special=True)
+            # Our template leaves out white space before an answer; others show answers otherwise altogether.
+            shown = next((part for part in (said, said.lstrip()) if text.startswith(self._last.prompt + part)), None)
+            # Not where characters were cut or control tokens left out: the text is not all that was generated.
+            if shown is not None and self.tokenizer.decode(answer) == said:
+                rest = text[len(self._last.prompt + shown) :]
+                return request.prompt + answer + self.tokenizer.encode(rest, special=True)
         return self.tokenizer.encode(text, special=True)

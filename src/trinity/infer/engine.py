@@ -142,12 +142,19 @@ class Engine:
             self._finish(request, "cancelled")
 
     def step(self) -> list[Event]:
-        """Admit what fits, run one forward pass, and return the tokens it gave: none while prompts are being read."""
+        """Admit what fits, run one forward pass, and return the tokens it gave: none while prompts are being read.
+
+        Raises UserError when nothing can ever be admitted because of requests that are kept.
+        """
         with _evaluating(self.model):
             self._schedule.admit()
             if self._schedule.prefills_next():
                 return self._prefill()
-            return self._decode() if self._schedule.decoding else []
+            if self._schedule.decoding:
+                return self._decode()
+            if self._schedule.waiting:  # with nothing under way the first in line always fits, but for what is kept
+                raise UserError("finished requests that are kept hold all room; release one of them")
+            return []
 
     def generate(
         self,

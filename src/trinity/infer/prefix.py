@@ -6,7 +6,8 @@ from itertools import pairwise
 import torch
 
 from trinity.infer.attention import Chunk
-from trinity.infer.engine import Engine, Request
+from trinity.infer.engine import Engine
+from trinity.infer.request import Request
 from trinity.infer.sampling import SamplingParams
 
 LEAST = 256

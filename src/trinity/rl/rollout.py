@@ -135,13 +135,13 @@ class Rollouts:
         seeds = [
             derive(self._seed, "rollout", number, sample, *([attempt] if attempt else [])) for number, sample in asked
         ]
-        samples = self._play([tasks[number] for number, _ in asked], seeds)
+        samples = self.play([tasks[number] for number, _ in asked], seeds)
         groups: Groups = {}
         for (number, _), sample in zip(asked, samples, strict=True):
             groups.setdefault(number, []).append(sample)
         return groups
 
-    def _play(self, tasks: Sequence[Task], seeds: Sequence[int]) -> list[Sample]:
+    def play(self, tasks: Sequence[Task], seeds: Sequence[int]) -> list[Sample]:
         """One sample of each task, all their turns."""
         most, room = self._settings.max_turns, self._settings.seq_len
         drafts = [Draft(task) for task in tasks]

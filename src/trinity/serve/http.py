@@ -18,6 +18,8 @@ from trinity.serve.metrics import Metrics
 
 PATIENCE_SECONDS, PATIENCE_BODIES = 1.0, 8
 """How long, and how many times the largest body, is read and thrown away of a body that is too large."""
+STALL_SECONDS = 60.0
+"""A client of a stream that takes nothing for so long has left; it would hold a place among those that may wait."""
 SEND_GRACE = 5.0
 """Seconds beyond a request's deadline in which its last words may still be sent."""
 OPEN_PATHS = ("/", "/health")
@@ -137,7 +139,8 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._events) as events:
             async for chunk in events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                async with asyncio.timeout(STALL_SECONDS):
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

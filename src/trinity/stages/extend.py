@@ -60,7 +60,11 @@ def run(
             run_dir=stage.run,
             evaluations=[heldout, sample_evaluation(stage, beginnings(val_shards)), needles],
             describe=source.describe,
-            fingerprints={"tokenizer": stage.tokenizer.fingerprint, "shards": train_shards.fingerprint},
+            fingerprints={
+                "tokenizer": stage.tokenizer.fingerprint,
+                "shards": train_shards.fingerprint,
+                **source.fingerprints,
+            },
             progress=progress,
         )
         return run_stage(stage, job)

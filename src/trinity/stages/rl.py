@@ -1,6 +1,7 @@
 """Reinforcement learning on verifiable rewards: groups of sampled answers, the policy loss, the same training loop."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -19,12 +20,17 @@ from trinity.export.afmoe import write_model
 from trinity.model.transformer import Transformer
 from trinity.ops.cross_entropy import token_logprobs_and_entropies
 from trinity.optim.schedule import StepPlan
+from trinity.rl.environments.code_tasks import CodeTasks
+from trinity.rl.environments.questions import Instructions, WordProblems
+from trinity.rl.environments.repository import Repository
 from trinity.rl.loss import policy_loss
+from trinity.rl.played import EnvironmentTasks
 from trinity.rl.rewards import exact_integer
 from trinity.rl.rollout import Rollouts, Scorer
 from trinity.rl.rows import PolicyRows, ReplayRows
 from trinity.rl.sample import Sampler, Task
 from trinity.rl.samplers import CopySampler, LiveSampler
+from trinity.rl.sandbox.pool import Sandbox
 from trinity.rl.server import ServerSampler
 from trinity.stages.evaluations import arithmetic_evaluation, sample_evaluation
 from trinity.stages.setup import SILENT, Stage, StageResult, open_stage, run_stage
@@ -43,7 +49,7 @@ def run(
     progress: Progress = SILENT,
     environment: Callable[[Stage], TaskSource] | None = None,
 ) -> StageResult:
-    """Improve the chat model of `start_from` (required for a new run) on generated arithmetic, or on the tasks of
+    """Improve the chat model of `start_from` (required for a new run) on the tasks of `rl.environment`, or of
     `environment`, which is called once with the opened stage.
 
     Raises UserError or UsageError for whatever is missing or does not fit together (`setup.open_stage`), and when a
@@ -69,12 +75,20 @@ def run(
         )
     if settings.server and stage.sharding is not None:
         raise UsageError("rl.server is synced by one process: start without torchrun, or sample natively")
-    source = arithmetic_tasks(stage) if environment is None else environment(stage)
+    with ExitStack() as stack:
+        return _run(stage, environment or _named(settings.environment, stack), progress)
+
+
+def _run(stage: Stage, environment: Callable[[Stage], TaskSource], progress: Progress) -> StageResult:
+    config, settings = stage.config, stage.config.rl
+    source = environment(stage)
     seed = derive(config.runtime.seed, "rl")
     rollouts = Rollouts(settings, _fitting(source, settings), _sampler(stage, settings), scorer(stage.model), seed)
     evaluations = [sample_evaluation(stage, [source(number, 0).prompt for number in range(4)])]
-    if environment is None:
+    if environment is arithmetic_tasks:
         evaluations.insert(0, arithmetic_evaluation(stage, "chat"))
+    if isinstance(source, EnvironmentTasks) and settings.held_out_tasks:
+        evaluations.insert(0, _held_out_rewards(stage, source, rollouts))
     job = TrainJob(
         config=config,
         stage=stage.name,
@@ -103,6 +117,46 @@ def arithmetic_tasks(stage: Stage) -> TaskSource:
         return Task(asked.prompt, lambda text, finished: exact_integer(text, asked.answer, finished=finished))
 
     return task
+
+
+def _named(name: str, stack: ExitStack) -> Callable[[Stage], TaskSource]:
+    """The environment that `rl.environment` names; its sandbox is closed with `stack`."""
+    if name == "arithmetic":
+        return arithmetic_tasks
+
+    def build(stage: Stage) -> TaskSource:
+        settings, seed = stage.config.rl, derive(stage.config.runtime.seed, "rl")
+        if name in ("word-problems", "instructions"):
+            if not settings.questions:
+                raise UsageError(f"rl.environment = {name} needs its questions: rl.questions=FILE.jsonl")
+            kind = WordProblems if name == "word-problems" else Instructions
+            return EnvironmentTasks(kind(Path(settings.questions), seed), stage.tokenizer)
+        sandbox = stack.enter_context(Sandbox())
+        kind = CodeTasks if name == "code" else Repository
+        return EnvironmentTasks(kind(sandbox, seed), stage.tokenizer)
+
+    return build
+
+
+def _held_out_rewards(stage: Stage, source: EnvironmentTasks, rollouts: Rollouts) -> Evaluation:
+    """`score` records: the mean reward of one sampled answer to each of `held_out_tasks` tasks that training never
+    meets, before the first step, every `eval_every` steps and at the end."""
+    seed = derive(stage.config.runtime.seed, "rl", "held out")
+
+    def run(_model: nn.Module, _step: int) -> Outcome:
+        numbers = range(stage.config.rl.held_out_tasks)
+        samples = rollouts.play(
+            [source.task(number, held_out=True) for number in numbers], [derive(seed, number) for number in numbers]
+        )
+        rewards = np.array([sample.reward for sample in samples])
+        score = {
+            "value": float(rewards.mean()),
+            "standard_error": float(rewards.std() / len(rewards) ** 0.5),
+            "samples": len(rewards),
+        }
+        return Outcome([{"kind": "score", "name": source.environment.name, **score}])
+
+    return Evaluation(run, stage.settings.eval_every, at_start=True)
 
 
 def _fitting(source: TaskSource, settings: RLConfig) -> TaskSource:

@@ -12,21 +12,21 @@ import torch
 
 from trinity.base import dist
 from trinity.base.errors import UsageError, UserError
-from trinity.base.rng import derive
 from trinity.base.rundir import RunDir
-from trinity.config import ModelConfig, OptimConfig, RunConfig, StageConfig, check_parallel
+from trinity.config import ModelConfig, RunConfig, StageConfig, check_parallel
 from trinity.data.shards import Shards
 from trinity.export.afmoe import export_afmoe
 from trinity.export.peft import export_peft
 from trinity.export.shards import export_shards
 from trinity.infer.load import checkpoint_tensors, find, find_tokenizer, has_tokenizer, weights
-from trinity.model.lora import Adapters, adapted_matrices
+from trinity.model.lora import Adapters
 from trinity.model.transformer import Transformer
 from trinity.ops.borrowed_cross_entropy import check_kind
 from trinity.optim.optimizer import MuonAdamW, build_optimizer
 from trinity.parallel.mesh import build_meshes
 from trinity.parallel.muon import MuonExchange
 from trinity.parallel.shard import Sharding, shard_model
+from trinity.stages.adapters import ADAPTED_STAGES, adapter_optim, open_adapters
 from trinity.tokenizer import Tokenizer
 from trinity.train.checkpoint import checkpoint_name
 from trinity.train.compilation import compile_blocks
@@ -42,9 +42,6 @@ _FREE = {"max_positions", "init_scale", "post_norm_gain", "global_every", "layer
 GATE_PARAMS = 10_000_000_000
 """Of a model trained by several processes, up to this size the export compares logits, for which one process holds
 three copies in float32 on the CPU; beyond it compares tensors."""
-
-ADAPTED_STAGES = ("sft", "rl")
-"""Stages that `lora` is for."""
 
 GATHERED_SHARE = 0.4
 """Of a GPU's memory that all weights may take for an evaluation that generates; beyond it those are left out."""
@@ -162,30 +159,12 @@ def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | N
         model.to(getattr(torch, config.runtime.dtype))
     adapters, trained, optim = None, model, config.optim
     if config.lora.enabled and name in ADAPTED_STAGES:
-        adapters = trained = _open_adapters(config, device, sharding)
-        optim = _adapter_optim(config)
+        adapters = trained = open_adapters(config, device, sharding)
+        optim = adapter_optim(config)
     exchange = None if sharding is None else MuonExchange(sharding, config.model)
     optimizer = build_optimizer(trained, config.model, optim, exchange)
     run = RunDir(run_dir)
     return Stage(name, config, settings, run, device, tokenizer, model, optimizer, sharding, adapters, start_from)
-
-
-def _open_adapters(config: RunConfig, device: torch.device, sharding: Sharding | None) -> Adapters:
-    if sharding is not None:
-        raise UsageError("lora trains in one process: start without torchrun, or set all ranks of [lora] to 0")
-    if not any(adapted_matrices(config.model, config.lora)):
-        raise UsageError(
-            "lora gives a rank only to matrices that this model does not have (lora.dense, lora.shared and lora.gate "
-            "need dense layers, a shared expert and the attention's gate)"
-        )
-    return Adapters(config.model, config.lora, device, derive(config.runtime.seed, "lora"))
-
-
-def _adapter_optim(config: RunConfig) -> OptimConfig:
-    """The optimizer's settings with those of the adapters in their place."""
-    lora = config.lora
-    own = {"hidden": lora.optimizer, "muon_lr": lora.lr, "adamw_lr": lora.lr, "weight_decay": lora.weight_decay}
-    return config.optim.model_copy(update=own)
 
 
 def _open_model(config: RunConfig, device: torch.device) -> tuple[Transformer, Sharding | None]:

@@ -4,7 +4,7 @@ Each is a `train.Source` whose state is small JSON and the same for every number
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -24,6 +24,9 @@ from trinity.stages.setup import Stage
 
 class TextSource:
     """Rows of the shards, mixed by phase; a context manager, because the loader has a thread."""
+
+    fingerprints: Mapping[str, str] = {}
+    """Of what the rows are made of beside the shards."""
 
     def __init__(
         self, stage: Stage, shards: Shards, phases: Sequence[Phase], plan: StepPlan, length_bias: float = 0.0
@@ -87,7 +90,7 @@ class RetrievalSource:
         self._rank, self._ranks = stage.data_rank, stage.data_size
         self._seed = derive(stage.config.runtime.seed, "retrieval", stage.name)
         self._documents = RetrievalDocuments(stage.tokenizer, hay, settings, self._seed)
-        self.fingerprint = self._documents.fingerprint
+        self.fingerprints = {"set of retrieval documents": self._documents.fingerprint}
         self._most_parts = self._seq_len // LEAST_TOKENS
         self._rows = self._generated = 0
 

@@ -68,25 +68,49 @@ class Rollout:
     turns: int
 
 
-def rollout(environment: Environment, row: Row, policy: Policy) -> Rollout:
-    """Let a policy work on a task until it answers without a tool call, is cut off, or has used up its turns."""
-    session = environment.session(row)
-    completion: list[Message] = []
-    finished, turns = False, 0
-    while turns < environment.max_turns:
-        reply = policy([*row.prompt, *completion], environment.tools)
-        turns += 1
+class Play:
+    """A task while a policy works on it."""
+
+    def __init__(self, environment: Environment, row: Row) -> None:
+        self._environment, self._row = environment, row
+        self._session = environment.session(row)
+        self.completion: list[Message] = []
+        self.finished = False
+        """Whether the policy came to an end by itself."""
+        self.turns = 0
+
+    def take(self, reply: Reply) -> list[Message] | None:
+        """Add a turn of the policy; what its tool calls gave, or None when the work is over: an answer without a call,
+        a turn that was cut off, or the last one allowed."""
         said = read_calls(reply.text)
-        completion.append(said.message())
+        self.completion.append(said.message())
+        self.turns += 1
         if not reply.finished:
-            break
+            return None
         if not said.calls and not said.problems:
-            finished = True
-            break
-        observations = [session.observe(call) for call in said.calls] + said.problems
-        completion += [{"role": "tool", "content": text} for text in observations]
-    attempt = Attempt(row.prompt, completion, row.answer, {**row.info, **session.info()}, finished)
-    return Rollout(attempt, environment.rubric.score(attempt), turns)
+            self.finished = True
+            return None
+        texts = [self._session.observe(call) for call in said.calls] + said.problems
+        observations: list[Message] = [{"role": "tool", "content": text} for text in texts]
+        self.completion += observations
+        return observations if self.turns < self._environment.max_turns else None
+
+    def attempt(self) -> Attempt:
+        info = {**self._row.info, **self._session.info()}
+        return Attempt(self._row.prompt, self.completion, self._row.answer, info, self.finished)
+
+    def scores(self) -> Scores:
+        return self._environment.rubric.score(self.attempt())
+
+
+def rollout(environment: Environment, row: Row, policy: Policy) -> Rollout:
+    """Let a policy work on a task to the end."""
+    play = Play(environment, row)
+    going = True
+    while going:
+        reply = policy([*row.prompt, *play.completion], environment.tools)
+        going = play.take(reply) is not None
+    return Rollout(play.attempt(), play.scores(), play.turns)
 
 
 class NoTools:

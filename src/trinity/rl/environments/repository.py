@@ -69,7 +69,9 @@ class Repository:
 
     def __init__(self, sandbox: Sandbox, seed: int) -> None:
         self._sandbox, self._seed = sandbox, seed
-        self.rubric = Rubric({"tests_pass": self._tests_pass})
+        self.rubric = Rubric(
+            {"tests_pass": self._tests_pass}, needs_finished=False
+        )  # the work counts, not the last words
 
     def row(self, number: int, *, held_out: bool = False) -> Row:
         project, bug = bugs.draw(Random(derive(self._seed, "repository", int(held_out), number)), held_out)

@@ -45,13 +45,14 @@ class SymbolicMath:
     What takes too long, or cannot be read, is not equal.
     """
 
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._sandbox = sandbox
+    def __init__(self, sandbox: Sandbox, seconds: float | None = None) -> None:
+        """seconds: for one comparison; the sandbox's own limit unless given."""
+        self.sandbox, self._seconds = sandbox, seconds
 
     def __call__(self, attempt: Attempt) -> float:
         return float(self.equal(attempt.answer, attempt.text))
 
     def equal(self, wanted: str, text: str) -> bool:
         expression = wanted if "$" in wanted or "\\boxed" in wanted else f"${wanted}$"
-        outcome = self._sandbox.run(_PROGRAM, stdin=json.dumps([expression, text]))
+        outcome = self.sandbox.run(_PROGRAM, stdin=json.dumps([expression, text]), seconds=self._seconds)
         return outcome.completed and outcome.stdout.split() == [b"equal"]

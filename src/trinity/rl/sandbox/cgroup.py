@@ -29,18 +29,33 @@ class Group:
 
 def make_group(memory: int, processes: int) -> Group:
     """A new group with limits on memory (bytes) and processes, as far as there are controllers for them."""
-    name = f"trinity-{os.getpid()}-{uuid4().hex[:8]}"
+    name = f"{_prefix()}{os.getpid()}-{uuid4().hex[:8]}"
     folders: dict[str, Path] = {}
     for kind, controller, file, value in (
         ("memory", "memory", "memory.limit_in_bytes", memory),
         ("processes", "pids", "pids.max", processes),
     ):
         for parent in _parents(controller):
+            _sweep(parent)
             made = _try(parent / name, file if parent.is_relative_to(_ROOT / controller) else _second(file), value)
             if made is not None:
                 folders[kind] = made
                 break
     return Group(folders)
+
+
+def _prefix() -> str:
+    """Of the groups whose owners this process can see: numbers of processes are those of one namespace."""
+    return f"trinity-{Path('/proc/self/ns/pid').stat().st_ino}-"
+
+
+def _sweep(parent: Path) -> None:
+    """Remove groups whose owner was killed. One that still has processes refuses."""
+    for folder in parent.glob(f"{_prefix()}*"):
+        owner = folder.name.removeprefix(_prefix()).split("-")[0]
+        if not Path("/proc", owner).exists():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _second(file: str) -> str:

@@ -58,10 +58,13 @@ def _number(name: str) -> int:
 
 def clone(flags: int) -> int:
     """Fork into new namespaces; 0 in the child. The caller must have one thread only."""
-    pid = _syscall("clone", _number("clone"), flags | _SIGCHLD, 0, 0, 0, 0)
-    if pid == 0:
-        ctypes.pythonapi.PyOS_AfterFork_Child()
-    return pid
+    python = ctypes.pythonapi
+    before, child, parent = python.PyOS_BeforeFork, python.PyOS_AfterFork_Child, python.PyOS_AfterFork_Parent
+    number = _number("clone")
+    before()
+    pid = _libc.syscall(ctypes.c_long(number), *[ctypes.c_long(a) for a in (flags | _SIGCHLD, 0, 0, 0, 0)])
+    (parent if pid else child)()
+    return _checked(pid, "clone")
 
 
 def unshare(flags: int) -> None:

@@ -6,6 +6,7 @@ import queue
 import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -72,6 +73,7 @@ class Sandbox:
         self._numbers = count()
         self.workers = workers or len(os.sched_getaffinity(0))
         self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
+        self._end = weakref.finalize(self, _close_idle, self._idle)  # also when nobody closes it
         self._closed = False
         try:
             first = self._start()
@@ -216,12 +218,20 @@ class Sandbox:
             if worker is not None:
                 worker.close()
             self._idle.put(None)
+        self._end.detach()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _close_idle(idle: "queue.LifoQueue[Worker | None]") -> None:
+    while not idle.empty():
+        worker = idle.get()
+        if worker is not None:
+            worker.close()
 
 
 def _bytes(text: str | bytes) -> bytes:
