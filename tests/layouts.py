@@ -120,7 +120,8 @@ class Training:
 
     def muon_step(self) -> dict[str, torch.Tensor]:
         """The weights after one optimizer step on made-up gradients, from the starting weights."""
-        for name, parameter in self.runner.masters.trained().items():
+        parameters = self.runner.masters.trained()
+        for name, parameter in parameters.items():
             shape = self.sharding.slices[name].shape if self.sharding else tuple(parameter.shape)
             seed = sum(name.encode())
             whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
