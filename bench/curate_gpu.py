@@ -106,6 +106,7 @@ def recipe(options: argparse.Namespace, backend: str) -> CurateConfig:
                 "engine": engine(options),
                 "on_gpu": not options.cpu,
             },
+            "run": {"workers": 8},
         }
     )
 

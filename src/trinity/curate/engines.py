@@ -17,6 +17,8 @@ from trinity.curate.asking import open_requests
 from trinity.curate.graph import Graph, Row, guarded, opened
 
 CONCURRENT_BATCHES = 8
+STAGES = 4
+"""Reading requests, chat template, tokenizing, detokenizing: with too few CPUs they would wait for each other."""
 
 
 def ask_engines(graph: Graph, blocks: Sequence[int], config: CurateConfig, work: Path, retry: bool) -> None:
@@ -24,6 +26,12 @@ def ask_engines(graph: Graph, blocks: Sequence[int], config: CurateConfig, work:
     ray, build, engine_config = _llm()
     settings = config.generate
     assert settings.model is not None
+    cpus = ray.cluster_resources().get("CPU", 0)
+    if cpus < STAGES + settings.workers:
+        raise UserError(
+            f"vLLM in Ray runs {STAGES} stages beside its engines, of a CPU each, and the cluster has {cpus:g}: set "
+            f"run.workers to at least {STAGES + settings.workers} (of a local cluster they may be more than there are)"
+        )
     here, model = os.getcwd(), str(Path(settings.model).resolve())  # noqa: PTH109
     kwargs: dict[str, Any] = {"max_num_seqs": settings.concurrency, **settings.engine}
     options: dict[str, Any] = {} if settings.on_gpu else {"placement_group_config": {"bundles": [{"CPU": 1}]}}
