@@ -30,6 +30,7 @@ def measure(run: Path) -> Figures | None:
     - loss_variance: over `late`, half the variance of the step-to-step differences of the training cross-entropy. Of
       independent noise around a slow trend that is the noise's variance.
     - final_loss: held-out loss after the last step. tokens_per_second: median over `late`.
+    - bits_per_byte:DOMAIN: of each domain's held-out text after the last step.
     - max_vio, max_vio_last: mean over layers and steps of max n / mean n - 1, over `late` and over `last`.
     - bias_std: over `last`, the standard deviation in time of each expert's bias, averaged over experts and layers.
     - bias_oscillation: the same after each expert's straight line over `last` is taken off, so that a steady drift does
@@ -54,6 +55,10 @@ def measure(run: Path) -> Figures | None:
         "loss_variance": statistics.variance(jumps) / 2 if len(jumps) > 1 else None,
         "train_loss": _mean(last, "ce"),
         "final_loss": evals[-1]["loss"] if evals else None,
+        **{
+            f"bits_per_byte:{domain}": figures.get("bits_per_byte")
+            for domain, figures in (evals[-1].get("domains") or {} if evals else {}).items()
+        },
         "tokens_per_second": statistics.median(r["tokens_per_second"] for r in late if r.get("tokens_per_second")),
         "max_vio": _mean(late, "max_vio"),
         "max_vio_last": _mean(last, "max_vio"),

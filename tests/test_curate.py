@@ -299,7 +299,7 @@ def test_code_needs_a_sandbox_and_is_judged_by_its_tests(tmp_path: Path) -> None
         config = recipe_for(inputs, server.url, rephrase=[{"recipe": "code"}])
         with pytest.raises(UserError, match=r"the recipe code runs programs .* needs a sandbox"):
             curate(config, tmp_path / "out")
-        found = curate(config, tmp_path / "out", runner=Trusting())
+        found = curate(config, tmp_path / "out", make_runner=Trusting)
         odd = sum(body["seed"] % 2 for body in server.bodies)
         assert server.calls == 6
     assert stage(found, "validate") == (6, 6 - odd, {"the tests fail": odd} if odd else {})
@@ -370,3 +370,48 @@ def test_the_stand_in_has_the_graphs_interface() -> None:
     for name in ("each", "ask", "purse"):
         wanted = getattr(Graph, name).__code__
         assert getattr(Serial, name).__code__.co_varnames[: wanted.co_argcount][:3] == wanted.co_varnames[:3]
+
+
+def test_engines_need_vllm_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    inputs = write_documents(tmp_path / "in.jsonl", 4)
+    settings = {"backend": "vllm", "model": "m", "endpoints": []}
+    with pytest.raises(UserError, match=r"backend vllm needs vLLM and ray\.data\.llm on every node"):
+        curate(recipe_for(inputs, "http://x/v1", generate=settings), tmp_path / "out")
+
+
+def test_answers_of_engines_are_journaled_with_what_went_wrong(tmp_path: Path) -> None:
+    from trinity.curate.answers import read_answers
+    from trinity.curate.engines import _after, _before, _keeper
+
+    body = {
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 5,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": 7,
+    }
+    row = {"block": 3, "key": "k", "body": json.dumps(body)}
+    asked = _before(row)
+    assert asked["messages"] == body["messages"]
+    assert asked["sampling_params"] == {"max_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 7}
+    good = _after({**row, "generated_text": "The sea.", "num_generated_tokens": 3, "num_input_tokens": 9})
+    cut = _after({**row, "key": "l", "generated_text": "The", "num_generated_tokens": 5, "num_input_tokens": 9})
+    bad = _after({**row, "key": "m", "block": 4, "__inference_error__": "prompt too long"})
+    batch = {name: [one[name] for one in (good, cut, bad)] for name in good}
+    kept = _keeper(str(Path.cwd()), tmp_path, "/models/writer")(batch)
+    assert kept["result"] == ["3"]
+    answers = read_answers(tmp_path, 3)
+    assert (answers["k"].text, answers["k"].finish, answers["l"].finish) == ("The sea.", "stop", "length")
+    assert (answers["k"].prompt_tokens, answers["k"].completion_tokens, answers["k"].model) == (9, 3, "writer")
+    bare = {
+        "block": [5],
+        "key": ["n"],
+        "__inference_error__": ["gone"],
+        "text": [None],
+        "prompt_tokens": [float("nan")],
+    }
+    assert _keeper(str(Path.cwd()), tmp_path, "w")(bare)["result"] == ["1"]  # as rows of failures come
+    assert read_answers(tmp_path, 5)["n"].failure == "engine error"
+    failed = read_answers(tmp_path, 4)["m"]
+    assert (failed.failure, failed.troubles) == ("engine error", {"engine error: prompt too long": 1})

@@ -24,9 +24,9 @@ PASSAGE = prose(7, 120) + " In 1912 the harbour had 4,250 ships."
 GOOD = rewrite({"messages": [{"content": "Passage:\n" + PASSAGE}]})
 MADE_UP = GOOD.replace("1912", "1913").replace("4,250", "4,251") + " It had 77 and 88 and 99 and 66."
 GERMAN = (
-    "Die Flüsse fließen langsam durch die alte Stadt und die Leute gehen abends nach Hause. Im Jahr 1912 lagen "
-    f"im Hafen 4250 Schiffe, {', '.join(sorted(numbers(PASSAGE)))}, die auf Wind warteten. Niemand wusste genau, "
-    "wann sie wieder auslaufen würden, denn der Winter war lang und hart."
+    "Die Flüsse fließen langsam durch die alte Stadt und die Leute gehen abends nach Hause. Im Jahr 1912 lagen im "
+    f"Hafen 4250 Schiffe, {', '.join(sorted(numbers(PASSAGE)))}, die auf Wind warteten. Niemand wusste genau, wann sie "
+    "wieder auslaufen würden, denn der Winter war lang und hart."
 )
 NAMES = [
     "code",

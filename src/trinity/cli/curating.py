@@ -1,12 +1,26 @@
 """The verb of data curation."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trinity.base.errors import UserError
 from trinity.cli.options import ForceOption, JsonOption, check_output, print_json, print_rows
+
+if TYPE_CHECKING:
+    from trinity.rl.sandbox.pool import Sandbox
+
+
+def make_sandbox() -> "Sandbox":
+    """What runs the programs of code recipes: the standard library alone."""
+    import atexit
+
+    from trinity.rl.sandbox.pool import Sandbox
+
+    made = Sandbox()
+    atexit.register(made.close)
+    return made
 
 
 def curate(
@@ -39,7 +53,7 @@ def curate(
             view.expect(p.blocks)
             view.set(p.done, p.step)
 
-        found = run(config, out, retry=retry, force=force, progress=on_progress)
+        found = run(config, out, retry=retry, force=force, progress=on_progress, make_runner=make_sandbox)
     page = write_curation(out)
     if as_json:
         print_json({key: value for key, value in found.items() if key not in ("samples", "plan")})

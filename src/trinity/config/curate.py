@@ -23,6 +23,9 @@ class InputConfig(Frozen):
     """Column of the domain in jsonl and parquet."""
     share: Share = 1.0
     """Part of the documents that is taken, by the hash of their text."""
+    val_fraction: Share = 0.0
+    """Leaves out what `data prepare` holds out of the same inputs at this fraction, so that no rewrite of it is trained
+    on."""
     block_bytes: PositiveInt = 1 << 20
     """Text of one block, the unit of work and of commitment; stretches that cannot be cut make larger ones."""
 
@@ -106,7 +109,7 @@ class EndpointConfig(Frozen):
     key_variable: str | None = None
     """Environment variable that holds the API key; no recipe holds one."""
     concurrency: PositiveInt = 8
-    """Requests under way at a time, of each worker."""
+    """Requests under way at a time, over all workers."""
     input_price: NonNegativeFloat = 0.0
     """Money for a million prompt tokens."""
     output_price: NonNegativeFloat = 0.0
@@ -130,8 +133,9 @@ class GenerateConfig(Frozen):
     """Run or model directory, for the backends embedded and vllm."""
     concurrency: PositiveInt = 8
     """Requests under way at a time, for embedded; sequences of one engine, for vllm."""
-    workers: PositiveInt = 1
-    """Actors that ask endpoints, or vLLM engines."""
+    workers: PositiveInt = 2
+    """Actors that ask endpoints, a block each, so that the last answers of one block leave no endpoint idle; or vLLM
+    engines."""
     on_gpu: bool = True
     """Whether vLLM engines claim GPUs of the cluster, as many as tensor_parallel_size; false for vLLM's CPU build."""
     engine_batch: PositiveInt = 64

@@ -21,7 +21,7 @@ def open_requests(work: Path, block: int, config: CurateConfig, retry: bool) -> 
 
 
 class Asker:
-    """Threads that ask, shared by the blocks that a worker has in hand, so that the end of one overlaps the next."""
+    """Threads that ask, as many as the endpoints have room; blocks may share them."""
 
     def __init__(self, client: Client, work: Path, config: CurateConfig, retry: bool) -> None:
         self._client, self._work, self._config, self._retry = client, work, config, retry

@@ -17,7 +17,7 @@ from trinity.curate.language import NONE, identify
 from trinity.curate.minhash import Hasher
 from trinity.curate.shift import BINS, add_words
 from trinity.curate.tally import Tallies, Tally
-from trinity.data.filters import hash_text, judge
+from trinity.data.filters import hash_text, is_held_out, judge
 from trinity.data.readers import Columns, Document, Drop, Piece, read_piece
 
 _LINE_ENDS = re.compile(r"\r\n?|[\u0085\u2028\u2029]")
@@ -57,7 +57,11 @@ def clean_block(block: Block, config: CurateConfig, folder: Path) -> dict[str, A
         for document in read_piece(piece, columns, bad):
             read.taken += 1
             where = f"{document.source}/{document.id}"
-            if not is_taken(hash_text(document.text)[0], config.input.share):
+            content = hash_text(document.text)[0]
+            if is_held_out(content, config.input.val_fraction):
+                read.drop("held out", where)
+                continue
+            if not is_taken(content, config.input.share):
                 read.drop("not sampled", where)
                 continue
             read.given += 1

@@ -49,7 +49,8 @@ def embedded(settings: GenerateConfig) -> Iterator[EndpointConfig]:
                 ready.set()
         ready.set()
 
-    threading.Thread(target=listen, daemon=True).start()
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
     try:
         deadline = time.monotonic() + START_SECONDS
         while not ready.wait(1.0) and time.monotonic() < deadline:
@@ -65,6 +66,9 @@ def embedded(settings: GenerateConfig) -> Iterator[EndpointConfig]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        listener.join(5)
+        assert process.stderr is not None
+        process.stderr.close()
 
 
 def _end_with_parent() -> None:

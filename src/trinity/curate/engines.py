@@ -17,6 +17,8 @@ from trinity.curate.asking import open_requests
 from trinity.curate.graph import Graph, Row, guarded, opened
 
 CONCURRENT_BATCHES = 8
+STAGES = 4
+"""Reading requests, chat template, tokenizing, detokenizing: with too few CPUs they would wait for each other."""
 
 
 def ask_engines(graph: Graph, blocks: Sequence[int], config: CurateConfig, work: Path, retry: bool) -> None:
@@ -24,6 +26,12 @@ def ask_engines(graph: Graph, blocks: Sequence[int], config: CurateConfig, work:
     ray, build, engine_config = _llm()
     settings = config.generate
     assert settings.model is not None
+    cpus = ray.cluster_resources().get("CPU", 0)
+    if cpus < STAGES + settings.workers:
+        raise UserError(
+            f"vLLM in Ray runs {STAGES} stages beside its engines, of a CPU each, and the cluster has {cpus:g}: set "
+            f"run.workers to at least {STAGES + settings.workers} (of a local cluster they may be more than there are)"
+        )
     here, model = os.getcwd(), str(Path(settings.model).resolve())  # noqa: PTH109
     kwargs: dict[str, Any] = {"max_num_seqs": settings.concurrency, **settings.engine}
     options: dict[str, Any] = {} if settings.on_gpu else {"placement_group_config": {"bundles": [{"CPU": 1}]}}
@@ -50,9 +58,9 @@ def ask_engines(graph: Graph, blocks: Sequence[int], config: CurateConfig, work:
 
 def _llm() -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
     try:
+        import vllm  # noqa: F401, I001  # pyright: ignore[reportMissingImports]
         import ray  # pyright: ignore[reportMissingImports]
         import ray.data.llm  # pyright: ignore[reportMissingImports]
-        import vllm  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             f"generate.backend vllm needs vLLM and ray.data.llm on every node ({error}): pip install vllm 'ray[llm]', "
@@ -79,14 +87,14 @@ def _before(row: Row) -> Row:
 
 def _after(row: Row) -> Row:
     most = json.loads(row["body"])["max_tokens"]
-    made = int(row.get("num_generated_tokens") or 0)
+    made = _count(row.get("num_generated_tokens"))
     return {
         "block": row["block"],
         "key": row["key"],
         "text": row.get("generated_text") or "",
         "failure": str(row.get("__inference_error__") or "")[:200],
         "finish": "length" if made >= most else "stop",
-        "prompt_tokens": int(row.get("num_input_tokens") or 0),
+        "prompt_tokens": _count(row.get("num_input_tokens")),
         "completion_tokens": made,
     }
 
@@ -112,16 +120,25 @@ def _keeper(here: str, work: Path, model: str) -> Callable[[dict[str, Any]], dic
 
 
 def _answer(row: Row, model: str) -> Answer:
-    text = str(row["text"])
-    failure = "engine error" if row["failure"] else "" if text.strip() else "engine gave an empty text"
+    """Rows of failed requests skip `_after`; in a batch they have nothing in its columns."""
+    error = str(row.get("failure") or "") if row.get("failure") == row.get("failure") else ""
+    error = error or str(row.get("__inference_error__") or "")[:200]
+    text = row.get("text")
+    text = text if isinstance(text, str) and not error else ""
+    failure = "engine error" if error else "" if text.strip() else "engine gave an empty text"
     return Answer(
         str(row["key"]),
         "" if failure else text,
         failure,
-        str(row["finish"]),
+        str(row.get("finish") or ""),
         Path(model).name,
         "vLLM in Ray",
-        int(row["prompt_tokens"]),
-        int(row["completion_tokens"]),
-        troubles={f"engine error: {row['failure'][:80]}": 1} if row["failure"] else {},
+        _count(row.get("prompt_tokens")),
+        _count(row.get("completion_tokens")),
+        troubles={f"engine error: {error[:80]}": 1} if error else {},
     )
+
+
+def _count(value: Any) -> int:
+    """A number of tokens; None and NaN, which stand for nothing, are none."""
+    return 0 if value is None or value != value else int(value)

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from trinity.curate.answers import Answer, read_answers
 from trinity.curate.blocks import block_path, write_block
 from trinity.curate.checks import find_fault
 from trinity.curate.clean import count_tokens
-from trinity.curate.forms import CodeRunner, plain, read_form, run_code
+from trinity.curate.forms import CodeRunner, MakeRunner, plain, read_form, run_code
 from trinity.curate.language import NONE, identify
 from trinity.curate.quality import QualityModel, tier
 from trinity.curate.recipes import load_recipe, recipe_name
@@ -32,13 +33,19 @@ HAYSTACK_CHARS = 40_000
 """Of a long document made for retrieval, at most."""
 
 
+@cache
+def _runner(make: MakeRunner) -> CodeRunner:
+    return make()
+
+
 @dataclass(frozen=True)
 class Judges:
     """What all blocks are judged with."""
 
     quality: QualityModel | None
     tests: Overlap | None
-    runner: CodeRunner | None
+    make_runner: MakeRunner | None
+    """Called once in each process that judges programs."""
     report: dict[str, Any] | None = None
     """On the quality model."""
 
@@ -180,8 +187,8 @@ def verdict(
             return "", "the answer stands elsewhere too"
         text = made
     if recipe.form == "code":
-        assert judges.runner is not None  # checked before the run
-        reason = run_code(text, judges.runner, config.checks.code_seconds)
+        assert judges.make_runner is not None  # checked before the run
+        reason = run_code(text, _runner(judges.make_runner), config.checks.code_seconds)
         if reason is not None:
             return "", reason
     if judges.tests is not None and judges.tests.touched_by(text) is not None:

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -16,6 +17,10 @@ class CodeRunner(Protocol):
     def passes(self, program: str, *, seconds: float) -> bool:
         """Whether the program ends by itself with status 0 within `seconds`."""
         ...
+
+
+MakeRunner = Callable[[], CodeRunner]
+"""Makes one in the process that needs it; a function of a module, so that workers elsewhere can."""
 
 
 class Read(NamedTuple):

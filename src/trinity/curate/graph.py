@@ -21,7 +21,7 @@ from trinity.curate.purse import Purse
 from trinity.data.ray_team import LOCAL, ray_cluster
 
 BLOCKS_IN_HAND = 2
-"""Blocks that an asking worker has at a time, so that the stragglers of one do not leave the endpoints idle."""
+"""Blocks that an asking worker has at a time: one under way, one waiting."""
 Row = dict[str, Any]
 
 
@@ -72,7 +72,7 @@ class Graph:
             return guarded(lambda: function(items[row["item"]], *shared))
 
         rows = self._ray.data.from_items([{"item": n} for n in range(len(items))], override_num_blocks=len(items))
-        mapped = rows.map(work, compute=self._ray.data.TaskPoolStrategy(size=self._settings.workers), **self.task)
+        mapped = rows.map(work, compute=self._tasks(len(items)), **self.task)
         for row in mapped.iter_rows():
             yield opened(row)
 
@@ -92,6 +92,8 @@ class Graph:
             return
         ray = self._ray
         everything, here, get = ray.put((finish, shared)), self._here, ray.get
+        workers = min(config.generate.workers, len(blocks))
+        endpoints = tuple(one.model_copy(update={"concurrency": -(-one.concurrency // workers)}) for one in endpoints)
 
         def done(row: Row) -> Row:
             if row["bug"] or row["errno"] or row["refused"]:
@@ -104,15 +106,17 @@ class Graph:
         asked = rows.map(
             AskingWorker,
             fn_constructor_args=(config, endpoints, work, retry, purse, here),
-            compute=ray.data.ActorPoolStrategy(
-                size=config.generate.workers, max_tasks_in_flight_per_actor=BLOCKS_IN_HAND
-            ),
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=BLOCKS_IN_HAND),
             num_cpus=0,
-            ray_remote_args_fn=lambda: {"max_concurrency": BLOCKS_IN_HAND},
         )
-        finished = asked.map(done, compute=ray.data.TaskPoolStrategy(size=self._settings.workers), **self.task)
+        finished = asked.map(done, compute=self._tasks(len(blocks)), **self.task)
         for row in finished.iter_rows():
             yield opened(row)
+
+    def _tasks(self, most: int) -> Any:
+        """As many tasks at a time as the settings say; None: as many as there are CPUs."""
+        limit = self._settings.workers
+        return self._ray.data.TaskPoolStrategy(size=None if limit is None else min(limit, most))
 
     def purse(self, config: CurateConfig, tokens: int, money: float) -> PurseLike | None:
         """One for all workers, with what was spent so far; None without limits."""
@@ -140,7 +144,7 @@ class RemotePurse:
 
 
 class AskingWorker:
-    """An actor that asks endpoints, for several blocks at a time."""
+    """An actor that asks endpoints, for a block at a time; others fill the gap that the stragglers of one leave."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from trinity.base.rng import bits, derive, mix
 from trinity.config.curate import DuplicatesConfig
 from trinity.curate.words import shingles, word_hashes
 
-_AT_ONCE = 1 << 13  # shingles hashed together: what stays in a cache
+_AT_ONCE = 1 << 8  # shingles hashed together under all functions: what stays in a cache
 EMPTY = np.uint32(0xFFFFFFFF)
 """All values of a text without words; such texts are no one's near duplicate."""
 _COMPARED_AT_ONCE = 1 << 16
@@ -36,6 +36,7 @@ class Hasher:
         self.settings = settings
         words = bits(derive(settings.seed, "minhash"), np.arange(2 * settings.permutations))
         self._factors, self._offsets = words[::2] | np.uint64(1), words[1::2]
+        self._room = np.empty((settings.permutations, _AT_ONCE), np.uint64)
 
     def signature(self, text: str) -> np.ndarray:
         """[permutations] uint32: the upper halves of the smallest values."""
@@ -47,8 +48,10 @@ class Hasher:
         smallest = np.full(self.settings.permutations, np.uint64(0xFFFFFFFFFFFFFFFF))
         for start in range(0, len(shingles_N), _AT_ONCE):
             part = shingles_N[start : start + _AT_ONCE]
-            for i, (factor, offset) in enumerate(zip(self._factors, self._offsets, strict=True)):
-                smallest[i] = min(smallest[i], (part * factor + offset).min())
+            values_PN = self._room[:, : len(part)]
+            np.multiply(self._factors[:, None], part, out=values_PN)
+            values_PN += self._offsets[:, None]
+            np.minimum(smallest, values_PN.min(axis=1), out=smallest)
         return (smallest >> np.uint64(32)).astype(np.uint32)
 
 

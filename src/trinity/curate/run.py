@@ -28,7 +28,7 @@ from trinity.curate.clean import Block, clean_block
 from trinity.curate.duplicates import decide
 from trinity.curate.embedded import embedded
 from trinity.curate.finish import Judges, finish_block
-from trinity.curate.forms import CodeRunner
+from trinity.curate.forms import MakeRunner
 from trinity.curate.graph import Graph, cluster
 from trinity.curate.quality import QualityModel, read_examples, train
 from trinity.curate.recipes import check_recipes, load_recipe
@@ -59,24 +59,24 @@ def curate(
     *,
     retry: bool = False,
     force: bool = False,
-    runner: CodeRunner | None = None,
+    make_runner: MakeRunner | None = None,
     progress: Callable[[Progress], object] = id,
 ) -> dict[str, Any]:
     """Run a recipe into `out_dir`; returns what `out_dir/curated.json` holds.
 
     The same call goes on after a kill and returns at once when everything is there. Budget, timeouts, retries and where
     it runs may change between calls; anything else makes another curation, which another directory must hold (or
-    `force` starts over). `retry` asks again what failed. `runner` runs the programs of code recipes.
+    `force` starts over). `retry` asks again what failed. `make_runner` makes what runs the programs of code recipes.
 
     Raises UserError for inputs that cannot be read, recipes of code without a runner, endpoints that are gone.
     """
     check_recipes(config)
-    _check_runner(config, runner)
+    _check_runner(config, make_runner)
     _check_backend(config)
     out = Path(out_dir)
     listing = list_files([Input.parse(path) for path in config.input.paths])
     blocks = _blocks(listing.files, config.input.block_bytes)
-    judges, plan = _judges(config, runner), _plan(config, listing.files)
+    judges, plan = _judges(config, make_runner), _plan(config, listing.files)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, f"another process is curating into {out}; wait for it or name another directory"):
         _claim(out, plan, force)
@@ -163,15 +163,21 @@ def _is_open(path: Path, retry: bool) -> bool:
     return bool(about["unasked"] or (retry and about["failed"]))
 
 
-def _check_runner(config: CurateConfig, runner: CodeRunner | None) -> None:
-    if not config.has("rephrase") or not config.has("validate") or runner is not None:
+def _check_runner(config: CurateConfig, make_runner: MakeRunner | None) -> None:
+    """Raises UserError when a recipe of code is asked for and nothing can run its programs."""
+    if not config.has("rephrase") or not config.has("validate"):
         return
-    for rewrite in config.rephrase:
-        if load_recipe(rewrite.recipe).form == "code":
-            raise UserError(
-                f"the recipe {rewrite.recipe} runs programs that a model wrote, which needs a sandbox, and none is "
-                "there: leave this recipe out"
-            )
+    names = [rewrite.recipe for rewrite in config.rephrase if load_recipe(rewrite.recipe).form == "code"]
+    if names and make_runner is None:
+        raise UserError(
+            f"the recipe {names[0]} runs programs that a model wrote, which needs a sandbox, and none is there: leave "
+            "this recipe out"
+        )
+    if names and make_runner is not None:
+        made = make_runner()  # says what is missing before the work begins
+        close = getattr(made, "close", None)
+        if close is not None:
+            close()
 
 
 def _check_backend(config: CurateConfig) -> None:
@@ -202,7 +208,7 @@ def _blocks(files: Sequence[InputFile], limit: int) -> list[Block]:
     return blocks
 
 
-def _judges(config: CurateConfig, runner: CodeRunner | None) -> Judges:
+def _judges(config: CurateConfig, make_runner: MakeRunner | None) -> Judges:
     tests = None
     if config.checks.tests and config.has("validate"):
         tests = Overlap(config.checks.ngram)
@@ -213,7 +219,7 @@ def _judges(config: CurateConfig, runner: CodeRunner | None) -> Judges:
     quality = None
     if config.label.examples is not None and config.has("label"):
         quality = train(read_examples(Path(config.label.examples)))
-    return Judges(quality[0] if quality else None, tests, runner, quality[1] if quality else None)
+    return Judges(quality[0] if quality else None, tests, make_runner, quality[1] if quality else None)
 
 
 def _plan(config: CurateConfig, files: Sequence[InputFile]) -> dict[str, Any]:
