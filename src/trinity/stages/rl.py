@@ -28,8 +28,9 @@ from trinity.rl.sample import Sampler, Task
 from trinity.rl.samplers import CopySampler, LiveSampler
 from trinity.rl.server import ServerSampler
 from trinity.stages.evaluations import arithmetic_evaluation, sample_evaluation
+from trinity.stages.finish import StageResult, run_stage
 from trinity.stages.rl_tasks import EnvironmentTasks, TaskSource, named_tasks
-from trinity.stages.setup import SILENT, Stage, StageResult, open_stage, run_stage
+from trinity.stages.setup import SILENT, Stage, open_stage
 from trinity.train.job import Evaluation, Outcome, Progress, TrainJob
 from trinity.train.losses import Batch, LossOutput, Share
 
