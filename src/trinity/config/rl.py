@@ -29,6 +29,10 @@ class RLConfig(StageConfig):
     off-policy, which is what the clip is for."""
     max_new_tokens: PositiveInt = 64
     temperature: PositiveFloat = 1.0
+    """The policy is softmax(logits / temperature), when it samples and when it trains."""
+    kl: NonNegativeFloat = 0.0
+    """Coefficient of the KL divergence from the weights that the stage starts from (k3), a mean over the step's tokens;
+    keeps a copy of those weights on the device (one process only)."""
     clip_low: Fraction = 0.2
     clip_high: NonNegativeFloat = 0.28
     """Asymmetric clipping of the probability ratio to [1 - clip_low, 1 + clip_high]."""
@@ -60,9 +64,17 @@ class RLConfig(StageConfig):
     """The model's name on that server."""
     server_kind: Literal["vllm", "sglang"] = "vllm"
     """How the server is told to load new weights."""
+    server_tempers: bool = False
+    """The server's log-probabilities are those after the temperature: SGLang as it comes, vLLM started with
+    --logprobs-mode processed_logprobs. Needed where the temperature is not 1."""
 
     @model_validator(mode="after")
     def _check_server(self) -> Self:
         if self.server and self.replay:
             raise ValueError("server gives no experts to replay: set replay = false")
+        if self.server and self.temperature != 1 and not self.server_tempers:
+            raise ValueError(
+                f"temperature = {self.temperature} needs a server whose log-probabilities are tempered too: SGLang, or "
+                "vLLM with --logprobs-mode processed_logprobs; then set server_tempers = true"
+            )
         return self

@@ -20,7 +20,8 @@ class Completion:
     tokens: list[int] = dataclasses.field(default_factory=list)
     """New tokens; the stop token, if one came, is the last."""
     logprobs: list[float] = dataclasses.field(default_factory=list)
-    """Of each token, log_softmax of the model's logits as they are (temperature 1, nothing truncated)."""
+    """Of each token, log_softmax of the model's logits as they are: nothing truncated, at temperature 1 unless
+    `SamplingParams.tempered_logprobs`."""
     top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     """Of each token, the `SamplingParams.top_logprobs` most probable ones in its place, with log-probabilities."""
     text: str = ""
