@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trinity.base.errors import UsageError
-from trinity.infer.sampling import SamplingParams, TokenStream, kept, kept_by_sorting, sample
+from trinity.infer.sampling import SamplingParams, TokenStream, kept, kept_by_sorting, most_probable, sample
 
 
 def draw(logits: torch.Tensor, params: SamplingParams, count: int, seen: torch.Tensor | None = None) -> np.ndarray:
