@@ -196,6 +196,7 @@ def test_files_are_attached_and_errors_are_shown(page: WebDriver, tmp_path: Path
     find(page, "#picker").send_keys(str(tmp_path / "note.txt"))
     wait_for(lambda: "note.txt (115 characters)" in find(page, "#files").text)
     put(page, "max_tokens", "4")
+    put(page, "temperature", "0")  # a drawn answer may end by itself
     say(page, "What?")
     wait_for(lambda: finished(page))
     assert "the cat sat on the mat" in find(page, ".turn.user .body").text

@@ -105,7 +105,10 @@ def route_evenly(model: Transformer, group: dist.ProcessGroup) -> None:
             block.moe.dispatcher = ExpertParallel(_Even(group))
 
 
-def _grouped_experts(x_RD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ends_E: Tensor) -> Tensor:
+def _grouped_experts(
+    x_RD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ends_E: Tensor, *, fp8: bool = False
+) -> Tensor:
+    del fp8  # results and what is kept have the same shapes and types
     if x_RD.dtype != torch.bfloat16:  # grouped_mm knows nothing else; the shapes of one expert on all rows are the same
         return F.linear(swiglu(F.linear(x_RD, gate_up_E2FD[0])), down_EDF[0])
     gate_up_R2F = F.grouped_mm(x_RD, gate_up_E2FD.transpose(1, 2), offs=ends_E)
