@@ -45,7 +45,9 @@ class Request:
         self.completion = Completion()
         self.slot: int | None = None
         self.keep = False
-        """Whether its part of the cache stays when it is finished, for a request that goes on from there."""
+        """Whether its part of the cache stays when it is finished, for requests that go on from there."""
+        self.branch: Request | None = None
+        """A kept request of whose cached tokens it takes a copy when it is admitted."""
         self.fed = 0
         """Tokens that the cache holds."""
         self.uniform = TokenStream(params.seed)
@@ -68,6 +70,12 @@ class Request:
     def cached(self) -> list[int]:
         """The tokens that the cache holds."""
         return (self.prompt + self.completion.tokens)[: self.fed]
+
+    def continues(self, before: "Request") -> bool:
+        """Whether the prompt begins with what a kept request has cached, and goes on: at least one token must be fed to
+        know what comes next."""
+        cached = before.cached
+        return before.slot is not None and len(self.prompt) > len(cached) and self.prompt[: len(cached)] == cached
 
     @property
     def num_read(self) -> int:
