@@ -24,7 +24,7 @@ from start import device_name
 from trinity.base.files import write_json
 from trinity.config import resolve
 from trinity.data.shards import Shards
-from trinity.stages import pretrain, setup
+from trinity.stages import finish, pretrain
 from trinity.train import loop, run_checkpoints
 from trinity.train.checkpoint import Snapshot
 from trinity.train.writer import CheckpointWriter
@@ -91,7 +91,7 @@ def main() -> int:
 
     loop._Loop._save, run_checkpoints.CheckpointWriter = timed, TimedWriter
     pretrain.beginnings = lambda _shards, _most=0: []  # no samples
-    setup.export_afmoe = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
+    finish.export_afmoe = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
     pretrain.run(config, options.out / "run", progress=watch)
     found = summary(watch, stalls, options.steps, options.every, options.interval)
     result = {"device": device_name(), "synchronous": options.synchronous, "every": options.every, **found}

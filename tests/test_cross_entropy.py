@@ -110,18 +110,21 @@ def test_nothing_is_computed_for_gradients_without_need() -> None:
     ignored=st.sampled_from([0.0, 0.5]),
     chunk=st.sampled_from([1, 16, 100]),
     seed=st.integers(0, 99),
+    temperature=st.sampled_from([1.0, 0.7, 3.0]),
 )
-def test_token_logprobs(tokens, ignored, chunk, seed) -> None:
+def test_token_logprobs(tokens, ignored, chunk, seed, temperature) -> None:
     x, head, targets = problem(tokens, 33, seed, ignored)
-    expected, actual = reference_token_logprobs(x, head, targets), token_logprobs(x, head, targets, chunk_tokens=chunk)
+    expected = reference_token_logprobs(x, head, targets, temperature)
+    actual = token_logprobs(x, head, targets, chunk_tokens=chunk, temperature=temperature)
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
     weight = torch.randn(tokens, generator=torch.Generator().manual_seed(1))
     assert_gradients((actual * weight).sum(), (expected * weight).sum(), (x, head), 2e-5)
 
 
-def test_entropies_are_those_of_the_distributions() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropies_are_those_of_the_distributions(temperature) -> None:
     x, head, targets = torch.randn(9, 8), torch.randn(30, 8), torch.randint(30, (9,))
-    logprobs, entropies = token_logprobs_and_entropies(x, head, targets, chunk_tokens=4)
-    expected = torch.distributions.Categorical(logits=x @ head.T)
+    logprobs, entropies = token_logprobs_and_entropies(x, head, targets, chunk_tokens=4, temperature=temperature)
+    expected = torch.distributions.Categorical(logits=x @ head.T / temperature)
     torch.testing.assert_close(entropies, expected.entropy())
     torch.testing.assert_close(logprobs, expected.log_prob(targets))

@@ -168,6 +168,47 @@ def test_a_request_that_goes_on_reads_only_what_is_new(models: dict[str, Transfo
     assert all(len(Engine.generate(engine, [changed[:3]] * 3, SHORT)) == 3 for _ in range(2))  # both slots are free
 
 
+@pytest.mark.parametrize("length", [3, 12, 40])  # of what is shared; the window is in between
+def test_requests_that_branch_read_only_what_is_their_own(models: dict[str, Transformer], length: int) -> None:
+    model = models["A"]
+    vocab = model.config.vocab_size
+    start = tokens(length, vocab, 1)
+    prompts = [[*start, *tokens(n, vocab, 10 + n)] for n in (1, 4, 9, 4)]
+    prompts.append([(start[0] + 1) % vocab, *start[1:], 3])  # begins otherwise: read whole
+    expected = [completion.tokens for completion in Engine(model).generate(prompts, SHORT)]
+    for slots in (2, 3, 8):  # one at a time, two, all
+        engine = Engine(model, max_batch=slots, prefill_chunk=7, block=4)
+        read = engine.read(start)
+        held = engine.cache.used_bytes
+        assert read.fed == length
+        for _ in range(2):
+            done = engine.generate(prompts, SHORT, branch=read)
+            assert [completion.tokens for completion in done] == expected
+            assert engine.cache.used_bytes == held
+        engine.release(read)
+        assert engine.cache.used_bytes == 0
+
+
+def test_a_branch_of_what_was_released_meanwhile_is_read_whole(models: dict[str, Transformer]) -> None:
+    engine = Engine(models["A"], max_batch=2)
+    read = engine.read([5, 6, 7])
+    request = engine.submit([5, 6, 7, 8], SHORT, branch=read)
+    engine.release(read)
+    while not request.done:
+        engine.step()
+    assert request.completion.tokens == Engine(models["A"]).generate([[5, 6, 7, 8]], SHORT)[0].tokens
+    assert engine.cache.used_bytes == 0
+
+
+def test_a_reading_that_fails_holds_nothing(models: dict[str, Transformer], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(models["A"], max_batch=2, prefill_chunk=2)
+    monkeypatch.setattr(engine, "_prefill", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.read([5, 6, 7])
+    assert engine.num_running == engine.num_waiting == engine._schedule._reserved == 0
+    assert sorted(engine._schedule._free_slots) == [0, 1]
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_nothing_leaks_whatever_is_cancelled_when(models: dict[str, Transformer], data: st.DataObject) -> None:
@@ -177,7 +218,9 @@ def test_nothing_leaks_whatever_is_cancelled_when(models: dict[str, Transformer]
     alive: list[Request] = []
     kept: list[Request] = []
     for turn in range(data.draw(st.integers(1, 14))):
-        action = data.draw(st.sampled_from(["submit", "submit", "step", "step", "cancel", "follow", "release"]))
+        action = data.draw(
+            st.sampled_from(["submit", "submit", "step", "step", "cancel", "follow", "branch", "release"])
+        )
         if action == "submit":
             keep = data.draw(st.booleans()) and len(kept) == 0
             row = tokens(data.draw(st.integers(1, 20)), model.config.vocab_size, turn)
@@ -190,6 +233,9 @@ def test_nothing_leaks_whatever_is_cancelled_when(models: dict[str, Transformer]
         elif action == "follow" and kept and kept[0].done:
             before = kept.pop()
             alive.append(engine.submit([*before.prompt, *before.completion.tokens, 1], SHORT, follow=before))
+        elif action == "branch" and kept and kept[0].done:
+            before = kept[0]
+            alive.append(engine.submit([*before.prompt, *before.completion.tokens, 1], SHORT, branch=before))
         elif action == "release" and kept and kept[0].done:
             engine.release(kept.pop())
     for request in alive:

@@ -236,7 +236,7 @@ def test_answers_after_one_reading_are_those_of_whole_prompts(model: Transformer
     start, tails = tokens(23), [tokens(2, 1), tokens(1, 2), tokens(9, 3)]
     expected = Engine(model, path="reference").generate([start + tail for tail in tails], GREEDY)
     for slots in (4, 3):  # all tails at once, and two at a time
-        engine = Engine(model, path="fast", max_batch=slots, block=2)
-        found = answer_after(engine, start, tails, 6, [], chunk=7)
+        engine = Engine(model, path="fast", max_batch=slots, block=2, prefill_chunk=7)
+        found = answer_after(engine, start, tails, 6, [])
         assert found == [completion.tokens for completion in expected]
         assert engine.cache.used_bytes == 0

@@ -40,21 +40,21 @@ def test_answers_after_a_shared_beginning_are_those_of_whole_prompts(setup, leng
     expected = alone(model, tokenizer, [start + tail for tail in tails], 9)
     assert len(set(expected)) > 1
     for slots in (4, 3, 3):  # all tails at once, and two at a time
-        engine = Engine(model, tokenizer, max_batch=slots, block=16)
-        found = prefix.answer_after(engine, start, tails, 9, tokenizer.stop_ids, chunk=64)
+        engine = Engine(model, tokenizer, max_batch=slots, block=16, prefill_chunk=64)
+        found = prefix.answer_after(engine, start, tails, 9, tokenizer.stop_ids)
         assert [tokenizer.decode(ids, skip_special=True) for ids in found] == expected
         assert engine.cache.used_bytes == 0
-        assert prefix.answer_after(engine, start, tails, 9, tokenizer.stop_ids, chunk=64) == found
+        assert prefix.answer_after(engine, start, tails, 9, tokenizer.stop_ids) == found
 
 
 def test_an_answer_ends_at_its_stop_token(setup):
     _, model, tokenizer = setup
     engine = Engine(model, tokenizer, max_batch=3)
     start, tails = [5] * 300, [[6], [9, 3]]
-    free = prefix.answer_after(engine, start, tails, 8, [], chunk=512)
+    free = prefix.answer_after(engine, start, tails, 8, [])
     assert [len(answer) for answer in free] == [8, 8]
     stop = free[0][4]
-    held = prefix.answer_after(engine, start, tails, 8, [stop], chunk=512)
+    held = prefix.answer_after(engine, start, tails, 8, [stop])
     assert held[0] == free[0][: free[0].index(stop)]
 
 

@@ -13,7 +13,7 @@ from trinity.base.errors import UserError
 from trinity.base.rng import Draws
 from trinity.cli.main import main
 from trinity.config import EvalConfig, RetrievalConfig
-from trinity.config.run import Retrieval
+from trinity.config.retrieval import Retrieval
 from trinity.data import retrieval_texts
 from trinity.data.halves import Half, half_of
 from trinity.data.retrieval import LEAST_TOKENS, TASK_NAMES, Hay, RetrievalDocuments

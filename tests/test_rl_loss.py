@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trinity.rl.loss import Normalise, group_advantages, informative, length_factors, overlong_penalty, policy_loss
+from trinity.rl.loss import (
+    Normalise,
+    group_advantages,
+    informative,
+    kl_penalty,
+    length_factors,
+    overlong_penalty,
+    policy_loss,
+)
 from trinity.rl.rewards import exact_integer, read_integer
 
 
@@ -36,6 +44,42 @@ def test_loss_and_gradient_equal_the_formula(seed, low, high):
     loss, grads = reference(new.tolist(), old.tolist(), sampler.tolist(), advantages.tolist(), low, high, 2.0)
     assert result.sum.item() == pytest.approx(loss, rel=1e-12)
     torch.testing.assert_close(new.grad, torch.tensor(grads, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def kl_reference(new, start):
+    """k3 summed over tokens and its derivative with respect to each new log-probability."""
+    loss, grads = 0.0, []
+    for n, s in zip(new, start, strict=True):
+        ratio = math.exp(s) / math.exp(n)
+        loss += ratio - math.log(ratio) - 1
+        grads.append(1 - ratio)
+    return loss, grads
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), coefficient=st.floats(0.001, 1.0))
+def test_the_kl_penalty_and_its_gradient_equal_the_formula(seed, coefficient):
+    generator = torch.Generator().manual_seed(seed)
+    new, old, start, advantages = torch.randn(4, 20, generator=generator, dtype=torch.float64)
+    new.requires_grad_()
+    penalty = kl_penalty(new, start.requires_grad_())
+    loss, grads = kl_reference(new.tolist(), start.tolist())
+    assert penalty.item() == pytest.approx(loss, rel=1e-12)
+    assert penalty.item() > 0
+    policy = policy_loss(new, old, old, advantages, clip_low=0.2, clip_high=0.28).sum
+    (policy + coefficient * penalty).backward()
+    _, policy_grads = reference(new.tolist(), old.tolist(), old.tolist(), advantages.tolist(), 0.2, 0.28, 2.0)
+    expected = [p + coefficient * g for p, g in zip(policy_grads, grads, strict=True)]
+    torch.testing.assert_close(new.grad, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert start.grad is None  # the start does not move
+
+
+def test_the_kl_penalty_is_unbiased_and_nothing_at_the_start():
+    policy, start = torch.randn(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    assert kl_penalty(policy, policy) == 0
+    each = torch.stack([kl_penalty(policy[i : i + 1], start[i : i + 1]) for i in range(7)])
+    expected = (policy.exp() * (policy - start)).sum()
+    torch.testing.assert_close((policy.exp() * each).sum(), expected)
 
 
 def test_on_policy_the_gradient_is_plain_reinforce():

@@ -168,6 +168,13 @@ def test_a_server_that_is_not_there_and_one_that_does_not_load(folder, fake, tmp
         other.sync()
 
 
+def test_a_temperature_needs_a_server_that_tempers_its_log_probabilities():
+    values = {"seq_len": 32, "server": "http://localhost/v1", "replay": False, "temperature": 0.7}
+    with pytest.raises(ValidationError, match="server_tempers = true"):
+        RLConfig.model_validate(values)
+    assert RLConfig.model_validate({**values, "server_tempers": True}).temperature == 0.7
+
+
 def test_replay_from_a_server_is_refused():
     with pytest.raises(ValidationError, match="replay = false"):
         RLConfig.model_validate({"seq_len": 32, "server": "http://localhost/v1"})

@@ -44,7 +44,7 @@ def no_scorer(rows, replay):
     raise AssertionError("one update needs no scorer")
 
 
-def rollouts(scorer=no_scorer, **settings):
+def rollouts(scorer=no_scorer, start=None, **settings):
     values = {
         "seq_len": 16,
         "micro_rows": 2,
@@ -55,7 +55,7 @@ def rollouts(scorer=no_scorer, **settings):
         **settings,
     }
     sampler = Sampler()
-    return Rollouts(RLConfig.model_validate(values), task, sampler, scorer, seed=0), sampler
+    return Rollouts(RLConfig.model_validate(values), task, sampler, scorer, 0, start), sampler
 
 
 def segments(rows):
@@ -142,21 +142,50 @@ def test_updates_share_a_rollout_and_its_old_log_probabilities():
     assert len(sampler.calls) == 4
 
 
+def test_the_start_scores_a_rollout_once_with_experts_of_its_own():
+    scored = []
+
+    def scorer(rows, replay):
+        return np.zeros(rows.targets_BT.shape, np.float32)
+
+    def start(rows, replay):
+        assert not replay
+        scored.append((rows.targets_BT != IGNORE).sum())
+        return np.where(rows.targets_BT != IGNORE, -rows.targets_BT / 100, 0.0).astype(np.float32)
+
+    source, sampler = rollouts(scorer, start, updates=2)
+    batches = [*source.next_batch(0), *source.next_batch(1)]
+    _, (_, seeds) = sampler.calls
+    assert sum(scored) == sum(len(sampler._answer(seed).tokens) for seed in seeds)
+    for rows in batches:
+        there = rows.targets_BT != IGNORE
+        np.testing.assert_allclose(rows.start_logprobs_BT[there], -rows.targets_BT[there] / 100, rtol=1e-6)
+    plain, _ = rollouts()
+    assert all(np.isnan(rows.start_logprobs_BT).all() for rows in plain.next_batch(0))
+
+
 @pytest.mark.parametrize(("updates", "ahead"), [(1, False), (2, False), (1, True), (2, True)])
 def test_the_state_between_steps_is_exact(updates, ahead):
     def scorer(rows, replay):
         return np.where(rows.targets_BT != IGNORE, -1 / 3, 0.0).astype(np.float32)
 
-    straight, _ = rollouts(scorer, updates=updates, ahead=ahead)
+    straight, _ = rollouts(scorer, scorer, updates=updates, ahead=ahead)
     straight.next_batch(0)
     state = json.loads(json.dumps(straight.state_dict()))
     assert bool(state["pending"]) == (updates == 2)
     assert bool(state["ahead"]) == ahead
-    resumed, _ = rollouts(scorer, updates=updates, ahead=ahead)
+    resumed, _ = rollouts(scorer, scorer, updates=updates, ahead=ahead)
     resumed.load_state_dict(state)
     for step in (1, 2):
         for a, b in zip(straight.next_batch(step), resumed.next_batch(step), strict=True):
-            for name in ("tokens_BT", "targets_BT", "advantages_BT", "sampler_logprobs_BT", "old_logprobs_BT"):
+            for name in (
+                "tokens_BT",
+                "targets_BT",
+                "advantages_BT",
+                "sampler_logprobs_BT",
+                "old_logprobs_BT",
+                "start_logprobs_BT",
+            ):
                 np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trinity.base.errors import UsageError
-from trinity.infer.sampling import SamplingParams, TokenStream, kept, kept_by_sorting, sample
+from trinity.infer.sampling import SamplingParams, TokenStream, kept, kept_by_sorting, most_probable, sample
 
 
 def draw(logits: torch.Tensor, params: SamplingParams, count: int, seen: torch.Tensor | None = None) -> np.ndarray:
@@ -38,6 +38,20 @@ def test_a_tiny_temperature_is_greedy() -> None:
     logits = torch.tensor([[5.0, 5.1, -4.0]])
     tokens, _ = sample(logits, [SamplingParams(temperature=1e-30)], [0.9], [None])
     assert tokens.tolist() == [1]
+
+
+def test_logprobs_follow_the_temperature_where_that_is_asked_for() -> None:
+    logits = 3 * torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
+    temperatures = (0.7, 2.0, 0.0, 0.5)
+    params = [
+        SamplingParams(temperature=t, tempered_logprobs=i < 3, top_logprobs=2) for i, t in enumerate(temperatures)
+    ]
+    tokens, logprobs = sample(logits, params, [0.3, 0.6, 0.0, 0.9], [None] * 4)
+    tops = most_probable(logits, params)
+    for row, divisor in enumerate((0.7, 2.0, 1.0, 1.0)):
+        own = (logits[row] / divisor).log_softmax(-1)
+        assert logprobs[row].item() == pytest.approx(own[tokens[row]].item(), abs=1e-5)
+        assert [value for _, value in tops[row]] == pytest.approx(own.topk(2).values.tolist(), abs=1e-5)
 
 
 def test_logprobs_are_the_models_own_whatever_the_rules() -> None:

@@ -140,7 +140,7 @@ def test_sft_and_rl_train_a_chat_model(folder, base, tmp_path):
         ("extend", {}),
         ("sft", {}),
         ("rl", {}),
-        ("rl", {"updates": 2}),
+        ("rl", {"updates": 2, "kl": 0.1, "temperature": 0.7}),
         ("rl", {"ahead": True, "retries": 1, "seq_len": 96}),
     ],
 )
@@ -228,6 +228,46 @@ def test_shards_of_another_tokenizer_are_refused(folder, tmp_path):
     config = tiny_config(folder, data={"shards": str(tmp_path / "shards")})
     with pytest.raises(UserError, match="another tokenizer"):
         pretrain.run(config, tmp_path / "run")
+
+
+def test_rl_trains_the_policy_that_it_samples_at_any_temperature(folder, base, tmp_path):
+    config = tiny_config(folder, rl={"temperature": 0.7, "gap_every": 1})
+    assert rl.run(config, tmp_path / "rl", start_from=base).train.finished
+    for step in RunDir(tmp_path / "rl").read_metrics("step"):
+        assert step["gap_replayed_max"] < 1e-5
+        assert step["gap_free_max"] < 1e-5
+        assert step["kl_gap"] < 1e-6
+
+
+def test_rl_is_held_near_its_start(folder, base, tmp_path):
+    far = {}
+    for kl in (1e-6, 3.0):
+        config = tiny_config(folder, rl={"kl": kl, "steps": 6})
+        assert rl.run(config, tmp_path / str(kl), start_from=base).train.finished
+        steps = RunDir(tmp_path / str(kl)).read_metrics("step")
+        assert steps[0]["kl_start"] < 1e-9  # the copy is the policy
+        far[kl] = steps[-1]["kl_start"]
+    assert far[3.0] < 0.7 * far[1e-6]
+
+
+def test_rl_does_not_go_on_from_another_start(folder, base, tmp_path):
+    config = tiny_config(folder, rl={"kl": 0.1})
+    rl.run(config, tmp_path / "rl", start_from=base, progress=StopAfter(2))
+    other = tmp_path / "other"
+    sft.run(config, other, start_from=base)
+    with pytest.raises(UserError, match="another start policy"):
+        rl.run(config, tmp_path / "rl", start_from=other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_start_and_policy_agree_on_a_gpu_at_the_start(folder, base, tmp_path):
+    runtime = {"device": "cuda", "dtype": "bfloat16", "compile": True}
+    config = tiny_config(folder, runtime=runtime, rl={"kl": 0.1, "temperature": 0.7})
+    assert rl.run(config, tmp_path / "rl", start_from=base).train.finished
+    steps = RunDir(tmp_path / "rl").read_metrics("step")
+    assert steps[0]["kl_start"] < 0.02
+    assert all(step["kl_gap"] < 0.1 for step in steps)
 
 
 @pytest.mark.gpu

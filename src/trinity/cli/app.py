@@ -4,7 +4,19 @@ from typing import Annotated
 
 import typer
 
-from trinity.cli import cluster, corpus, curating, exchange, models, rehearsing, runs, serving, training
+from trinity.cli import (
+    cluster,
+    corpus,
+    curating,
+    exchange,
+    making,
+    models,
+    rehearsing,
+    runs,
+    serving,
+    training,
+    vocabulary,
+)
 from trinity.cli.options import example
 
 app = typer.Typer(
@@ -93,10 +105,10 @@ app.command("doctor", epilog=example("trinity doctor --path runs", "torchrun --n
 )
 
 tokenizer_app.command("train", epilog=example("trinity tokenizer train books/ code/ --vocab-size 32000 --out tok"))(
-    corpus.train_tokenizer
+    vocabulary.train_tokenizer
 )
 tokenizer_app.command("show", epilog=example("trinity tokenizer show tok --text 'In 1234567 words'"))(
-    corpus.show_tokenizer
+    vocabulary.show_tokenizer
 )
 data_app.command(
     "prepare", epilog=example("trinity data prepare books/=prose code/=code --tokenizer tok --out shards")
@@ -110,11 +122,11 @@ data_app.command(
     epilog=example(
         "trinity data traces sessions.jsonl --out chats.jsonl", "trinity data traces --generate 1000 --out chats.jsonl"
     ),
-)(corpus.traces)
+)(making.traces)
 data_app.command(
     "retrieval", epilog=example("trinity data retrieval --tokenizer tok --shards shards --out retrieval.jsonl")
-)(corpus.retrieval)
-data_app.command("join", epilog=example("trinity data join code/ --out repositories.jsonl --tokens 65536"))(corpus.join)
+)(making.retrieval)
+data_app.command("join", epilog=example("trinity data join code/ --out repositories.jsonl --tokens 65536"))(making.join)
 data_app.command("verify", epilog=example("trinity data verify shards"))(corpus.verify)
 checkpoints_app.command("ls", epilog=example("trinity checkpoints ls runs/nano"))(runs.list_checkpoints)
 checkpoints_app.command("verify", epilog=example("trinity checkpoints verify runs/nano"))(runs.verify_checkpoints)

@@ -25,6 +25,14 @@ FromOption = Annotated[
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value to standard output.")]
 ShowOption = Annotated[bool, typer.Option("--show", help="Print the settings and where each came from; start nothing.")]
+InputsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files or folders (txt, md, jsonl, parquet, sources), each as PATH or PATH=DOMAIN.", metavar="INPUT..."
+    ),
+]
+TokenizerOption = Annotated[Path, typer.Option("--tokenizer", help="Tokenizer directory.", metavar="DIR")]
+OutOption = Annotated[Path, typer.Option("--out", help="Directory to write.", metavar="DIR")]
 SettingsArgument = Annotated[
     list[str] | None,
     typer.Argument(help="A preset or a TOML file, then any number of key=value.", metavar="PRESET|FILE.toml|key=value"),

@@ -4,26 +4,23 @@ from trinity.config.lora import LoRAConfig
 from trinity.config.model import ModelConfig
 from trinity.config.parallel import ParallelConfig, ParallelSizes, check_parallel, parallel_sizes
 from trinity.config.resolve import Origin, list_presets, override_eval, resolve, to_toml
+from trinity.config.retrieval import RetrievalConfig
+from trinity.config.rl import RLConfig
 from trinity.config.run import (
     BalanceConfig,
     CheckpointConfig,
     DataConfig,
     EvalConfig,
-    ExtendConfig,
     GuardConfig,
     LossConfig,
     OptimConfig,
-    Phase,
-    PretrainConfig,
-    RetrievalConfig,
-    RLConfig,
     RunConfig,
     RuntimeConfig,
-    SFTConfig,
-    StageConfig,
     TokenizerConfig,
 )
 from trinity.config.serve import ServeConfig
+from trinity.config.sft import SFTConfig
+from trinity.config.stage import ExtendConfig, Phase, PretrainConfig, StageConfig
 
 __all__ = [
     "BalanceConfig",

@@ -1,6 +1,10 @@
-"""The base class of every settings section."""
+"""The base class of every settings section, and types of values that several share."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Frozen(BaseModel):

@@ -4,12 +4,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from trinity.config.base import Frozen
+from trinity.config.base import Fraction, Frozen
 from trinity.config.lora import LoRAConfig
 from trinity.config.model import ModelConfig
 from trinity.config.parallel import ParallelConfig
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+from trinity.config.retrieval import RetrievalConfig
+from trinity.config.rl import RLConfig
+from trinity.config.sft import SFTConfig
+from trinity.config.stage import ExtendConfig, PretrainConfig
 
 
 class TokenizerConfig(Frozen):
@@ -115,189 +117,6 @@ class DataConfig(Frozen):
     workers: PositiveInt = 1
     """Threads that fill a batch's rows, each for some of the streams. One keeps up with a GPU while the shards are in
     memory; several wait for a slow disk at the same time."""
-
-
-class Phase(Frozen):
-    """One phase of the data mix."""
-
-    name: str
-    tokens: PositiveInt
-    weights: Annotated[dict[str, PositiveFloat], Field(min_length=1)]
-    """Share of the tokens by domain, or by `source:PATTERN` (as in a shell) of the recorded sources; normalised. What
-    names nothing in the shards is refused."""
-
-
-class BatchSize(Frozen):
-    """Rows per optimizer step from a number of tokens on."""
-
-    from_tokens: NonNegativeInt
-    rows: PositiveInt
-
-
-class StageConfig(Frozen):
-    """What every training stage has. A row is one sequence of `seq_len` tokens."""
-
-    seq_len: PositiveInt
-    micro_rows: PositiveInt = 1
-    """Rows of one forward pass on one rank; gradients accumulate over the rest."""
-    lr_scale: PositiveFloat = 1.0
-    """Factor on both learning rates at the start of the stage (after warm-up)."""
-    final_lr_scale: NonNegativeFloat = 0.1
-    """Factor on both learning rates at the end of the stage."""
-    warmup_steps: NonNegativeInt = 0
-    decay_fraction: Fraction = 1.0
-    """Last part of the stage's tokens over which the learning rate falls along a cosine; before it, it is stable."""
-    eval_every: PositiveInt = 250
-    eval_rows: PositiveInt = 64
-    """Held-out rows of an evaluation, per domain."""
-
-
-Retrieval = Literal["lookup", "values", "queries", "tracking", "count", "where", "quote"]
-"""What training documents about retrieval ask for (`data/retrieval.py`)."""
-
-
-class RetrievalConfig(Frozen):
-    """How training documents about retrieval are made. Nothing here is public; the values are ours."""
-
-    tasks: Annotated[dict[Retrieval, PositiveFloat], Field(min_length=1)] = Field(
-        default_factory=lambda: {
-            "lookup": 4.0, "values": 1.0, "queries": 1.0, "tracking": 0.5, "count": 0.25, "where": 1.0, "quote": 2.0
-        }
-    )  # fmt: skip
-    """Share of each task among the questions, by weights."""
-    density: tuple[Fraction, Fraction] = (0.1, 0.9)
-    """Smallest and largest part of a document that facts and questions take; drawn evenly on a logarithmic scale. The
-    rest is text of the training shards. Denser documents ask more often for each token read."""
-    whole_rows: Fraction = 0.5
-    """Share of the retrieval rows that are one document; the others hold several shorter ones."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        low, high = self.density
-        if not 0 < low <= high:
-            raise ValueError(f"density must be two rising numbers above 0, not {low} and {high}")
-        return self
-
-
-class PretrainConfig(StageConfig):
-    niah_share: Fraction = 0.0
-    """As `extend.niah_share`."""
-    phases: tuple[Phase, ...]
-    batch: tuple[BatchSize, ...]
-    """Batch ramp; the first entry starts at token 0."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.phases:
-            raise ValueError("phases is empty; a run needs at least one")
-        if not self.batch or self.batch[0].from_tokens != 0:
-            raise ValueError("batch must start with an entry of from_tokens = 0")
-        starts = [b.from_tokens for b in self.batch]
-        if starts != sorted(set(starts)):
-            raise ValueError(f"batch entries must rise in from_tokens, not {starts}")
-        return self
-
-    @property
-    def tokens(self) -> int:
-        return sum(phase.tokens for phase in self.phases)
-
-
-class ExtendConfig(StageConfig):
-    """Context extension: straight to the longest rows."""
-
-    tokens: PositiveInt
-    batch_rows: PositiveInt
-    weights: dict[str, PositiveFloat] = Field(default_factory=dict)
-    """Share by domain; empty takes the last pretraining phase's."""
-    length_bias: NonNegativeFloat = 1.0
-    """A document is drawn with odds (length ** length_bias) inside its domain; 0 draws evenly."""
-    niah_share: Fraction = 0.0
-    """Share of rows that are generated retrieval documents (`retrieval`): nothing in them meets the evaluation. Only
-    their answers bear a loss."""
-    niah_every: NonNegativeInt = 0
-    """Steps between evaluations of MK-NIAH during the run; 0 evaluates at the end only."""
-    stop_at: Fraction = 1.0
-    """Stop early once MK-NIAH at seq_len reaches this score; 1.0 runs to the end."""
-
-
-class SFTConfig(StageConfig):
-    conversations: tuple[str, ...] = ()
-    """jsonl(.gz, .zst) or parquet files with a `messages` column."""
-    epochs: PositiveInt = 3
-    batch_rows: PositiveInt = 32
-    held_out: Fraction = 0.05
-    """Share of the conversations kept for evaluation, chosen by content hash."""
-    turns: Literal["all", "last"] = "all"
-    """Which of the assistant's turns have loss; a message's own `weight` (0 or 1) goes before."""
-    packing: Literal["best-fit", "rsdb", "single"] = "best-fit"
-    """best-fit: whole conversations, longest first into the fullest row with room; rsdb: drawn at random from a buffer,
-    a conversation that reaches the end of a row goes on in a later one; single: one conversation a row."""
-    template_samples: NonNegativeInt = 32
-    """Held-out conversations whose next turn is sampled, to see whether the answers keep to the template."""
-    sample_tokens: PositiveInt = 256
-    """Most tokens of such an answer."""
-
-
-class RLConfig(StageConfig):
-    """Group-relative policy gradient on verifiable rewards."""
-
-    environment: Literal["arithmetic", "word-problems", "instructions", "code", "repository"] = "arithmetic"
-    """What is asked: sums and products; questions with a number as answer; constraints on the form; small functions;
-    a repository to repair with tools. The last two run programs in the sandbox."""
-    questions: str = ""
-    """jsonl file of the questions of `word-problems` or `instructions`."""
-    held_out_tasks: NonNegativeInt = 64
-    """Held-out tasks that an evaluation plays, in the environments other than arithmetic."""
-
-    steps: PositiveInt = 100
-    prompts_per_step: PositiveInt = 32
-    group: Annotated[int, Field(ge=2)] = 8
-    """Samples of one prompt, whose mean reward is the baseline."""
-    updates: PositiveInt = 1
-    """Optimizer steps of one rollout, each on prompts_per_step prompts of its own. Beyond 1 the later ones are
-    off-policy, which is what the clip is for."""
-    max_new_tokens: PositiveInt = 64
-    temperature: PositiveFloat = 1.0
-    clip_low: Fraction = 0.2
-    clip_high: NonNegativeFloat = 0.28
-    """Asymmetric clipping of the probability ratio to [1 - clip_low, 1 + clip_high]."""
-    max_weight: PositiveFloat = 2.0
-    """Truncation of the importance weights between sampler and trainer."""
-    advantage_scale: Literal["std", "none"] = "std"
-    """Divide a group's centred rewards by their standard deviation, or by nothing."""
-    normalise: Literal["token", "answer", "constant"] = "token"
-    """The loss is a mean over tokens, over answers of their means, or the sum over the most tokens possible."""
-    overlong_tokens: NonNegativeInt = 0
-    """Over the last so many tokens before max_new_tokens the reward falls by up to 1; 0: it does not."""
-    mask_cut: bool = False
-    """Leave answers that were cut off out of the loss; they still count in their group's mean."""
-    retries: NonNegativeInt = 0
-    """How often a question whose answers all earned the same is replaced by another one."""
-    max_turns: PositiveInt = 1
-    """Turns of the policy in an episode; more than one only for tasks that reply."""
-    replay: bool = True
-    """Train with the experts that the sampler chose (router replay)."""
-    gap_every: NonNegativeInt = 10
-    """Steps between comparisons of sampler and trainer, with replay and without; 0: never."""
-    ahead: bool = False
-    """Sample the next step's answers on a copy of the weights while this step trains: one step off-policy."""
-    sampler_batch: PositiveInt = 256
-    """Answers sampled together."""
-    server: str = ""
-    """URL up to and with /v1 of a server that samples in place of the native engine; without replay."""
-    server_model: str = "default"
-    """The model's name on that server."""
-    server_kind: Literal["vllm", "sglang"] = "vllm"
-    """How the server is told to load new weights."""
-
-    @model_validator(mode="after")
-    def _check_server(self) -> Self:
-        if self.server and self.replay:
-            raise ValueError("server gives no experts to replay: set replay = false")
-        return self
-
-    max_number: PositiveInt = 9
-    """Largest operand of the generated arithmetic."""
 
 
 NeedleTask = Literal["multikey", "single", "multivalue", "multiquery", "tracking"]

@@ -37,11 +37,19 @@ class PurseLike(Protocol):
 
 
 class FailedError(Exception):
-    """One attempt failed; `kind` is what the report counts."""
+    """One attempt failed; `kind` is what the report counts, `tokens` those of prompt and answer that were spent."""
 
-    def __init__(self, kind: str, *, final: bool = False, unreachable: bool = False, wait: float = 0.0) -> None:
+    def __init__(
+        self,
+        kind: str,
+        *,
+        final: bool = False,
+        unreachable: bool = False,
+        wait: float = 0.0,
+        tokens: tuple[int, int] = (0, 0),
+    ) -> None:
         super().__init__(kind)
-        self.kind, self.final, self.unreachable, self.wait = kind, final, unreachable, wait
+        self.kind, self.final, self.unreachable, self.wait, self.tokens = kind, final, unreachable, wait, tokens
 
 
 @dataclass
@@ -105,8 +113,7 @@ class Client:
                     self._reached = time.monotonic()
                     endpoint.failures = 0
                 except FailedError as failed:
-                    failure, wait = failed.kind, failed.wait
-                    tokens = getattr(failed, "tokens", (0, 0))
+                    failure, wait, tokens = failed.kind, failed.wait, failed.tokens
                     self._note(endpoint)
                     troubles[failed.kind] += 1
                     final = failed.final
@@ -191,9 +198,7 @@ class Client:
         if text is not None and not isinstance(text, str):
             raise FailedError("endpoint gave rubbish")
         if not text or text.isspace():
-            failed = FailedError("endpoint gave an empty text")
-            failed.tokens = tokens  # type: ignore[attr-defined]
-            raise failed
+            raise FailedError("endpoint gave an empty text", tokens=tokens)
         name = str(answer.get("model") or endpoint.config.model)
         return Answer(request.key, text, finish=finish, model=name, endpoint=url), tokens
 

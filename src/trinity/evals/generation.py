@@ -24,8 +24,8 @@ def greedy(model: Transformer, tokenizer: Tokenizer) -> Complete:
     """The model's most probable continuations. Of neighbouring prompts that begin alike, the beginning is read once."""
     chunk = PREFILL_CHUNK if model.embed.weight.device.type == "cuda" else PREFILL_CHUNK // 8
 
-    def engine_for(longest: int, max_batch: int) -> Engine:
-        room = max(CACHE_TOKENS, longest)
+    def engine_for(longest: int, max_batch: int, *, whole: bool = False) -> Engine:
+        room = max(CACHE_TOKENS, longest * (max_batch if whole else 1))
         return Engine(model, tokenizer, max_batch=max_batch, max_tokens=room, prefill_chunk=chunk)
 
     def complete(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
@@ -43,11 +43,11 @@ def greedy(model: Transformer, tokenizer: Tokenizer) -> Complete:
         if together:
             most = min(TOGETHER, max(len(numbers) for numbers, _ in together))
             slots = 1 + max(1, min(most, CACHE_TOKENS // longest - 1))
-            engine = engine_for(longest, slots)
+            engine = engine_for(longest, slots, whole=True)
             engine.cache.reserve(slots, longest)  # a cache that grows moves
             for numbers, common in together:
                 tails = [prompts[number][common:] for number in numbers]
-                answers = answer_after(engine, prompts[numbers[0]][:common], tails, max_new_tokens, stop_ids, chunk)
+                answers = answer_after(engine, prompts[numbers[0]][:common], tails, max_new_tokens, stop_ids)
                 for number, answer in zip(numbers, answers, strict=True):
                     texts[number] = tokenizer.decode(answer, skip_special=True)
         return texts

@@ -21,12 +21,16 @@ class Tokens(Protocol):
     def positions_BT(self) -> Tensor: ...
 
 
-def target_logprobs(model: Transformer, batch: Tokens, chosen_BTLk: Tensor | None = None) -> Tensor:
-    """Log-probability of each target [B, T], float32, differentiable; 0 where there is no target.
+def target_logprobs(
+    model: Transformer, batch: Tokens, chosen_BTLk: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability of each target [B, T] at a temperature, float32, differentiable; 0 where there is no target.
 
     `chosen_BTLk`: experts to take, see `Transformer.features`.
     """
     features = model.features(batch.tokens_BT, batch.segments_BT, batch.positions_BT, chosen_BTLk=chosen_BTLk)
     targets_BT = batch.targets_BT
-    logprobs_N = token_logprobs(features.x_BTD.flatten(0, 1), model.head.weight, targets_BT.flatten())
+    logprobs_N = token_logprobs(
+        features.x_BTD.flatten(0, 1), model.head.weight, targets_BT.flatten(), temperature=temperature
+    )
     return logprobs_N.view_as(targets_BT)

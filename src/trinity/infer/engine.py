@@ -85,13 +85,23 @@ class Engine:
         return len(self._schedule.waiting)
 
     def submit(
-        self, prompt: Sequence[int], params: SamplingParams, *, keep: bool = False, follow: Request | None = None
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        keep: bool = False,
+        follow: Request | None = None,
+        branch: Request | None = None,
     ) -> Request:
         """Queue a prompt. Raises UserError when it is empty, has a token outside the vocabulary or cannot fit.
 
         keep: its slot and what is cached in it stay when it is finished, until `release`. follow: a finished request
         that was kept; where the prompt begins with what it has cached, only the rest is read, else it is released.
+        branch: the same, but of a copy of what is cached: any number of requests may branch from one, which stays kept.
         """
+        assert not self.return_experts or (follow is None and branch is None), (
+            "the experts of tokens that are not read again are not known"
+        )
         if not prompt:
             raise UserError("the prompt is empty; generation needs at least one token")
         if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
@@ -113,7 +123,7 @@ class Engine:
         if params.repetition_penalty != 1.0:
             request.seen = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self._device)
             request.seen[torch.tensor(request.prompt, device=self._device)] = True
-        request.keep = keep
+        request.keep, request.branch = keep, branch
         if follow is None or not self._follow(follow, request):
             self._schedule.waiting.append(request)
         return request
@@ -127,7 +137,6 @@ class Engine:
 
     def _follow(self, before: Request, request: Request) -> bool:
         assert before.done
-        assert not self.return_experts, "the experts of tokens that are not read again are not known"
         slot = before.slot
         if slot is not None and self._schedule.follow(before, request):
             # A step that ran ahead may have cached a token more.
@@ -135,6 +144,32 @@ class Engine:
             return True
         self.release(before)
         return False
+
+    def read(self, tokens: Sequence[int]) -> Request:
+        """Read a text at once, for requests that begin with it (`branch`); what is cached stays until `release`.
+
+        Raises UserError as `submit` and `step`.
+        """
+        request = self.submit(tokens, SamplingParams(max_new_tokens=1, temperature=0.0), keep=True)
+        try:
+            with _evaluating(self.model):
+                while not request.done:
+                    self.step()
+        except BaseException:
+            self.cancel(request)
+            self.release(request)
+            raise
+        return request
+
+    def _copy(self, request: Request) -> None:
+        """Give an admitted request what the one that it branches from has cached, where its prompt begins so."""
+        before, request.branch = request.branch, None
+        if before is None or not before.done or not request.continues(before):
+            return
+        # A step that ran ahead may have cached a token more.
+        self.cache.lengths[before.held_slot] = before.fed
+        self.cache.copy(before.held_slot, request.held_slot)
+        request.fed = before.fed
 
     def cancel(self, request: Request) -> None:
         """Stop a request wherever it is; what it generated so far stays in its completion."""
@@ -147,7 +182,8 @@ class Engine:
         Raises UserError when nothing can ever be admitted because of requests that are kept.
         """
         with _evaluating(self.model):
-            self._schedule.admit()
+            for request in self._schedule.admit():
+                self._copy(request)
             if self._schedule.prefills_next():
                 return self._prefill()
             if self._schedule.decoding:
@@ -162,9 +198,10 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams],
         on_token: Callable[[int, Event], None] | None = None,
         on_prompt: Callable[[int, int], None] | None = None,
+        branch: Request | None = None,
     ) -> list[Completion]:
         """Completions in the order of `prompts`; `on_token` gets the number of the prompt and each event, `on_prompt`
-        how many tokens of all prompts are read and how many there are.
+        how many tokens of all prompts are read and how many there are. `branch` is that of `submit`, for all prompts.
 
         One SamplingParams serves all prompts; with a seed, prompt i then uses seed + i, so that equal prompts differ.
         """
@@ -177,7 +214,7 @@ class Engine:
         requests: list[Request] = []
         try:
             for prompt, own in zip(prompts, params, strict=True):
-                requests.append(self.submit(prompt, own))
+                requests.append(self.submit(prompt, own, branch=branch))
             numbers = {id(request): i for i, request in enumerate(requests)}
             with _evaluating(self.model):
                 if on_prompt is not None:

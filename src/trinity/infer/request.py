@@ -20,7 +20,8 @@ class Completion:
     tokens: list[int] = dataclasses.field(default_factory=list)
     """New tokens; the stop token, if one came, is the last."""
     logprobs: list[float] = dataclasses.field(default_factory=list)
-    """Of each token, log_softmax of the model's logits as they are (temperature 1, nothing truncated)."""
+    """Of each token, log_softmax of the model's logits as they are: nothing truncated, at temperature 1 unless
+    `SamplingParams.tempered_logprobs`."""
     top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     """Of each token, the `SamplingParams.top_logprobs` most probable ones in its place, with log-probabilities."""
     text: str = ""
@@ -44,7 +45,9 @@ class Request:
         self.completion = Completion()
         self.slot: int | None = None
         self.keep = False
-        """Whether its part of the cache stays when it is finished, for a request that goes on from there."""
+        """Whether its part of the cache stays when it is finished, for requests that go on from there."""
+        self.branch: Request | None = None
+        """A kept request of whose cached tokens it takes a copy when it is admitted."""
         self.fed = 0
         """Tokens that the cache holds."""
         self.uniform = TokenStream(params.seed)
@@ -67,6 +70,12 @@ class Request:
     def cached(self) -> list[int]:
         """The tokens that the cache holds."""
         return (self.prompt + self.completion.tokens)[: self.fed]
+
+    def continues(self, before: "Request") -> bool:
+        """Whether the prompt begins with what a kept request has cached, and goes on: at least one token must be fed to
+        know what comes next."""
+        cached = before.cached
+        return before.slot is not None and len(self.prompt) > len(cached) and self.prompt[: len(cached)] == cached
 
     @property
     def num_read(self) -> int:

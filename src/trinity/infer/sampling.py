@@ -37,6 +37,9 @@ class SamplingParams:
     """Strings that end the answer; the text is cut before them."""
     top_logprobs: int = 0
     """Report this many most probable tokens beside each chosen one."""
+    tempered_logprobs: bool = False
+    """Report log-probabilities after the temperature (a temperature of 0 leaves them): what a trainer needs whose
+    policy is the tempered distribution."""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -76,11 +79,12 @@ def sample(
 
     `uniform` has one number in [0, 1) a row; `seen` marks, bool [V], the tokens of the prompt and the answer so far
     in rows with a repetition penalty. Ids from `vocab_size` on, which the tokenizer does not have, never come.
-    The log-probability is the model's own, log_softmax of the logits as they came: neither temperature nor truncation
-    nor penalty changes it, so that a trainer which scores the same tokens finds the same number.
+    The log-probability is the model's own, log_softmax of the logits as they came: neither truncation nor penalty
+    changes it, and the temperature only where `tempered_logprobs` says so, so that a trainer which scores the same
+    tokens finds the same number.
     """
     logits_BV = logits_BV.float()
-    logprobs_BV = logits_BV.log_softmax(-1)
+    logprobs_BV = _logprobs(logits_BV, params)
     scores_BV = _penalise(logits_BV, params, seen)
     if vocab_size is not None and vocab_size < scores_BV.shape[1]:
         padding_V = torch.arange(scores_BV.shape[1], device=scores_BV.device) >= vocab_size
@@ -93,6 +97,14 @@ def sample(
     return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
 
 
+def _logprobs(logits_BV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    temperatures = [(p.temperature or 1.0) if p.tempered_logprobs else 1.0 for p in params]
+    if any(t != 1.0 for t in temperatures):
+        shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # a tiny temperature gives -inf, not inf - inf
+        logits_BV = shifted_BV / torch.tensor(temperatures, device=logits_BV.device)[:, None]
+    return logits_BV.log_softmax(-1)
+
+
 def most_probable(
     logits_BV: torch.Tensor, params: Sequence[SamplingParams], vocab_size: int | None = None
 ) -> list[list[tuple[int, float]]]:
@@ -103,7 +115,7 @@ def most_probable(
     count = max(p.top_logprobs for p in params)
     if count == 0:
         return [[] for _ in params]
-    logprobs_BV = logits_BV.float().log_softmax(-1)[:, :vocab_size]
+    logprobs_BV = _logprobs(logits_BV.float(), params)[:, :vocab_size]
     top = logprobs_BV.topk(min(count, logprobs_BV.shape[1]), dim=-1)
     rows = zip(top.indices.tolist(), top.values.tolist(), params, strict=True)
     return [list(zip(ids, values, strict=True))[: p.top_logprobs] for ids, values, p in rows]

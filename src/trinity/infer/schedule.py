@@ -24,13 +24,19 @@ class Schedule:
         self.prefilled_last = False
         """Whether the last step read prompts."""
 
-    def admit(self) -> None:
-        """First come, first served; a request reserves its longest possible length, so that none is ever evicted."""
+    def admit(self) -> list[Request]:
+        """First come, first served; a request reserves its longest possible length, so that none is ever evicted.
+
+        Returns those that were admitted.
+        """
+        admitted: list[Request] = []
         while self.waiting and self._free_slots and self._reserved + self.waiting[0].longest <= self.max_tokens:
             request = self.waiting.popleft()
             request.slot = self._free_slots.pop()
             self._reserved += request.longest
             self.prefilling.append(request)
+            admitted.append(request)
+        return admitted
 
     def prefills_next(self) -> bool:
         """Whether the next step reads prompts.
@@ -78,11 +84,8 @@ class Schedule:
     def follow(self, before: Request, request: Request) -> bool:
         """Let `request` go on in the slot of a finished one, whose cached tokens its prompt begins with; whether it
         can."""
-        cached = before.cached
         fits = self._reserved - before.longest + request.longest <= self.max_tokens
-        if not fits or before.slot is None or request.prompt[: len(cached)] != cached:
-            return False
-        if len(request.prompt) == len(cached):  # at least one token must be fed to know what comes next
+        if not fits or not request.continues(before):
             return False
         self._reserved += request.longest - before.longest
         request.slot, before.slot = before.slot, None

@@ -67,24 +67,26 @@ def fused_cross_entropy(
     return CrossEntropy(loss_sum, *rest)
 
 
-def reference_token_logprobs(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """log p(target) of each token, fp32 [N]; 0 where the target is -100."""
+def reference_token_logprobs(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p(target) of each token with p = softmax(logits / temperature), fp32 [N]; 0 where the target is -100."""
     keep_N = targets_N != IGNORE
-    logprobs_NV = F.linear(x_ND.float(), head_VD.float()).log_softmax(dim=-1)
+    logprobs_NV = (F.linear(x_ND.float(), head_VD.float()) / temperature).log_softmax(dim=-1)
     picked_N = logprobs_NV.gather(1, targets_N.where(keep_N, 0)[:, None])[:, 0]
     return picked_N.where(keep_N, 0.0)
 
 
-def token_logprobs(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, chunk_tokens: int = 2048) -> Tensor:
-    """As the reference, in chunks; differentiable once. For a temperature, divide x by it."""
-    return _TokenLogprobs.apply(x_ND, head_VD, targets_N, chunk_tokens, False)[0]
+def token_logprobs(
+    x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, chunk_tokens: int = 2048, temperature: float = 1.0
+) -> Tensor:
+    """As the reference, in chunks; differentiable once. The fp32 logits are divided by the temperature."""
+    return _TokenLogprobs.apply(x_ND, head_VD, targets_N, chunk_tokens, temperature, False)[0]
 
 
 def token_logprobs_and_entropies(
-    x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, chunk_tokens: int = 2048
+    x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, chunk_tokens: int = 2048, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs`, and without gradient the entropy in nats of each distribution, fp32 [N]."""
-    return _TokenLogprobs.apply(x_ND, head_VD, targets_N, chunk_tokens, True)
+    return _TokenLogprobs.apply(x_ND, head_VD, targets_N, chunk_tokens, temperature, True)
 
 
 def _chunk_size(chunk_tokens: int, head_VD: Tensor) -> int:
@@ -104,6 +106,11 @@ def _logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
     if x_CD.dtype == torch.bfloat16 and x_CD.device.type == "cuda":
         return torch.mm(x_CD, head_VD.t(), out_dtype=torch.float32)
     return (x_CD @ head_VD.t()).float()
+
+
+def _tempered(logits_CV: Tensor, temperature: float) -> Tensor:
+    """In place; as they came at temperature 1."""
+    return logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
 
 
 def _exponentials_(logits_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,9 +201,16 @@ class _FusedCrossEntropy(torch.autograd.Function):
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk_tokens: int, with_entropies: bool
+        ctx,
+        x_ND: Tensor,
+        head_VD: Tensor,
+        targets_N: Tensor,
+        chunk_tokens: int,
+        temperature: float,
+        with_entropies: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x_ND, head_VD, targets_N)
+        ctx.temperature = temperature
         ctx.chunk_tokens = chunk_tokens = _chunk_size(chunk_tokens, head_VD)
         keep_N = targets_N != IGNORE
         safe_N = targets_N.where(keep_N, 0)
@@ -204,7 +218,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs_N, entropies_N = x_ND.new_zeros(2, x_ND.shape[0], dtype=torch.float32)
         for start in range(0, x_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits_CV = _logits(factor_ND[chunk], factor_VD)
+            logits_CV = _tempered(_logits(factor_ND[chunk], factor_VD), temperature)
             lse_C = logits_CV.logsumexp(dim=-1)
             logprobs_N[chunk] = logits_CV.gather(1, safe_N[chunk, None])[:, 0] - lse_C
             if with_entropies:
@@ -227,9 +241,11 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, x_ND.shape[0], ctx.chunk_tokens):
             chunk = slice(start, start + ctx.chunk_tokens)
             d_C = d_N[chunk]
-            d_logits_CV = torch.softmax(_logits(factor_ND[chunk], factor_VD), dim=-1).mul_(-d_C[:, None])
+            d_C = d_C / ctx.temperature
+            logits_CV = _tempered(_logits(factor_ND[chunk], factor_VD), ctx.temperature)
+            d_logits_CV = torch.softmax(logits_CV, dim=-1).mul_(-d_C[:, None])
             _subtract_targets(d_logits_CV, safe_N[chunk], -d_C)
             _chunk_gradients(
                 d_logits_CV, factor_ND[chunk], factor_VD, None if d_x_ND is None else d_x_ND[chunk], d_head_VD
             )
-        return d_x_ND, None if d_head_VD is None else d_head_VD.to(head_VD.dtype), None, None, None
+        return d_x_ND, None if d_head_VD is None else d_head_VD.to(head_VD.dtype), None, None, None, None

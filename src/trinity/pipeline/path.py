@@ -20,7 +20,7 @@ from trinity.config import RunConfig, to_toml
 from trinity.pipeline.summary import stage_row
 
 if TYPE_CHECKING:
-    from trinity.stages.setup import StageResult
+    from trinity.stages.finish import StageResult
     from trinity.tokenizer import Tokenizer
 
 STAGES = ("pretrain", "extend", "sft", "rl")

@@ -69,6 +69,9 @@ REWARD = (
         "Divergence between the policy that sampled and the one that learns; where it was compared before an update, "
         "with the sampler's experts replayed and without.",
     ),
+    Chart(
+        "kl_start", "Distance from the start", "Divergence of the policy from the weights that the stage started from."
+    ),
     Chart("clip_fraction", "Clipped and truncated", "Share of tokens: ratio clipped, importance weight truncated."),
     Chart("informative", "Answers and groups", "Share of answers that ended by themselves, of groups that teach."),
 )
@@ -133,6 +136,7 @@ def stage_charts(stage: Stage) -> dict[str, Any]:
     put("policy_entropy", [line("policy_entropy", "nats")], zero=True)
     gaps = [line("kl_gap", "in the update"), line("gap_replayed", "replayed"), line("gap_free", "without replay")]
     put("kl_gap", gaps)
+    put("kl_start", [line("kl_start", "nats")], zero=True)
     cuts = [line("clip_fraction", "clipped"), line("truncated_fraction", "truncated")]
     put("clip_fraction", cuts, zero=True, format="percent")
     put(

@@ -28,7 +28,7 @@ STAGES = {
 SCALARS = """
     tokens loss ce z_loss sequence_loss grad_norm lr_scale rows tokens_per_second mfu batch_het max_vio logit_max
     logit_mean seconds reward reward_std length length_std finished informative kl_gap clip_fraction
-    truncated_fraction policy_entropy gap_replayed gap_free
+    truncated_fraction policy_entropy gap_replayed gap_free kl_start
 """.split()  # noqa: SIM905
 LAYERED = "max_vio_layers dead_experts load_entropy bias_min bias_max bias_norm router_min router_max".split()  # noqa: SIM905
 

@@ -1,8 +1,9 @@
-"""The policy-gradient loss: group-relative advantages, an asymmetric clip, truncated importance sampling, no KL term.
+"""The policy-gradient loss: group-relative advantages, an asymmetric clip, truncated importance sampling, KL penalty.
 
-Sources: group baseline, GRPO (arXiv 2402.03300); token-level normalisation, asymmetric clip, dropping of groups without
-variance, penalty of overlong answers, DAPO (arXiv 2503.14476); advantages without the deviation and a constant divisor,
-Dr. GRPO (arXiv 2503.20783); truncated importance sampling between sampler and trainer, Yao et al. 2025.
+Sources: group baseline and KL penalty, GRPO (arXiv 2402.03300); token-level normalisation, asymmetric clip, dropping of
+groups without variance, penalty of overlong answers, DAPO (arXiv 2503.14476); advantages without the deviation and a
+constant divisor, Dr. GRPO (arXiv 2503.20783); truncated importance sampling between sampler and trainer, Yao et al.
+2025.
 """
 
 from collections.abc import Sequence
@@ -97,7 +98,13 @@ def policy_loss(
     )
 
 
+def kl_penalty(logprobs_N: Tensor, start_logprobs_N: Tensor) -> Tensor:
+    """Sum over tokens of exp(d) - 1 - d with d = start - logprob: GRPO's estimate of KL(policy || start) on tokens that
+    the policy wrote, to be divided as `PolicyLoss.sum`. The gradient of a token is (1 - exp(d)) * dlogprob."""
+    return divergence(start_logprobs_N.detach() - logprobs_N).sum()
+
+
 def divergence(difference: Tensor) -> Tensor:
-    """exp(d) - 1 - d of differences of log-probabilities, elementwise: unbiased for KL(sampler || trainer), never
+    """exp(d) - 1 - d of differences d = log q - log p, elementwise: over tokens of p unbiased for KL(p || q), never
     negative (Schulman's k3)."""
     return difference.exp() - 1 - difference

@@ -38,13 +38,21 @@ class Rollouts:
     `task(number, attempt)` gives question `number`; step s asks questions s * prompts_per_step and following. A
     question whose group teaches nothing is replaced by attempt 1, 2, ... of the same number, `rl.retries` times at
     most. Every rank takes the questions whose number is its own modulo the number of ranks. `scorer` gives the old
-    log-probabilities when updates > 1, and the gap between sampler and trainer.
+    log-probabilities when updates > 1, and the gap between sampler and trainer; `start`, where there is a penalty for
+    leaving them, those of the weights that the stage started from, once for each rollout.
     """
 
     def __init__(
-        self, settings: RLConfig, task: Callable[[int, int], Task], sampler: Sampler, scorer: Scorer, seed: int
+        self,
+        settings: RLConfig,
+        task: Callable[[int, int], Task],
+        sampler: Sampler,
+        scorer: Scorer,
+        seed: int,
+        start: Scorer | None = None,
     ) -> None:
         self._settings, self._task, self._sampler, self._scorer, self._seed = settings, task, sampler, scorer, seed
+        self._start = start
         self._next_step = 0
         self._pending: Groups = {}
         """Of the present rollout, for the steps to come."""
@@ -62,7 +70,9 @@ class Rollouts:
             assert not self._pending
             self._pending = self._rollout(step)
             if settings.updates > 1:
-                self._pending = self._with_old_logprobs(self._pending)
+                self._pending = self._scored(self._pending, self._scorer, settings.replay, "old_logprobs")
+            if self._start is not None:  # which chooses experts of its own
+                self._pending = self._scored(self._pending, self._start, False, "start_logprobs")
         numbers = self._numbers(step, 1)
         groups = [self._pending.pop(number) for number in numbers]
         self._next_step += 1
@@ -184,12 +194,13 @@ class Rollouts:
         scale = dict(zip(everyone, length_factors(everyone, settings.normalise, settings.max_new_tokens), strict=True))
         return [(sample, advantage * scale[sample.num_written]) for sample, advantage in kept]
 
-    def _with_old_logprobs(self, groups: Groups) -> Groups:
+    def _scored(self, groups: Groups, scorer: Scorer, replay: bool, field: str) -> Groups:
+        """The samples with the scorer's log-probabilities in a field."""
         samples = [sample for group in groups.values() for sample in group]
-        old: dict[int, list[float]] = {}
+        found: dict[int, list[float]] = {}
         for rows in pack([(sample, 0.0) for sample in samples], self._settings.seq_len, self._settings.micro_rows):
-            old |= per_sample(rows, self._scorer(rows, self._settings.replay), samples)
-        scored = iter(replace(sample, old_logprobs=old[i]) for i, sample in enumerate(samples))
+            found |= per_sample(rows, scorer(rows, replay), samples)
+        scored = iter(replace(sample, **{field: found[i]}) for i, sample in enumerate(samples))
         return {number: [next(scored) for _ in group] for number, group in groups.items()}
 
     def _gaps(self, batches: Sequence[PolicyRows]) -> dict[str, float]:

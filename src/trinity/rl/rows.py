@@ -19,6 +19,8 @@ class PolicyRows(Rows):
     sampler_logprobs_BT: np.ndarray
     old_logprobs_BT: np.ndarray
     """NaN where the trainer's current log-probability is to be taken."""
+    start_logprobs_BT: np.ndarray
+    """Of the weights that the stage started from; NaN where nothing asks for them."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def _rows(
     rows = empty_rows(len(groups), seq_len)
     shape = rows.tokens_BT.shape
     advantages_BT, sampler_BT = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    old_BT = np.full(shape, np.nan, np.float32)
+    old_BT, start_BT = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
     experts_BTLk = None if experts_shape is None else np.full((*shape, *experts_shape), -1, np.int16)
     for b, group in enumerate(groups):
         at, chunks = 0, []
@@ -72,6 +74,8 @@ def _rows(
             sampler_BT[b, answer] = sample.sampler_logprobs
             if sample.old_logprobs is not None:
                 old_BT[b, answer] = sample.old_logprobs
+            if sample.start_logprobs is not None:
+                start_BT[b, answer] = sample.start_logprobs
             if experts_BTLk is not None and sample.experts is not None:
                 experts_BTLk[b, at : at + length] = sample.experts[:length]
             chunks.append(Chunk(number, 0, length))
@@ -82,6 +86,7 @@ def _rows(
         "advantages_BT": advantages_BT,
         "sampler_logprobs_BT": sampler_BT,
         "old_logprobs_BT": old_BT,
+        "start_logprobs_BT": start_BT,
     }
     return PolicyRows(**fields) if experts_BTLk is None else ReplayRows(**fields, experts_BTLk=experts_BTLk)
 

@@ -67,7 +67,7 @@ class Sampled:
     text: str
     tokens: list[int]
     logprobs: list[float]
-    """Of each token, under the model that wrote it, at temperature 1."""
+    """Of each token, under the model that wrote it, at the temperature that it was drawn at."""
     finished: bool
     experts: np.ndarray | None = None
     """int16 [tokens of prompt and answer but the last, L, k]: the experts that they visited."""
@@ -102,6 +102,8 @@ class Sample:
     turns: int = 1
     old_logprobs: list[float] | None = None
     """The trainer's, before the first update on the sample; None when that update will see those very weights."""
+    start_logprobs: list[float] | None = None
+    """Those of the weights that the stage started from, where `rl.kl` asks for them."""
     experts: np.ndarray | None = None
     """int16 [tokens of prompt and answer but the last, L, k]"""
 

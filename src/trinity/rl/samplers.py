@@ -37,7 +37,11 @@ class LiveSampler:
         settings, stops = self._settings, tuple(self._tokenizer.stop_ids)
         params = [
             SamplingParams(
-                max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=seed, stop_ids=stops
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                seed=seed,
+                stop_ids=stops,
+                tempered_logprobs=True,
             )
             for seed in seeds
         ]

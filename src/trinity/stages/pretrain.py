@@ -7,7 +7,8 @@ from trinity.data.retrieval import Hay
 from trinity.data.validation import ValidationRows
 from trinity.optim.schedule import StepPlan
 from trinity.stages.evaluations import beginnings, heldout_evaluation, sample_evaluation
-from trinity.stages.setup import SILENT, StageResult, check_batches, open_shards, open_stage, run_stage
+from trinity.stages.finish import StageResult, run_stage
+from trinity.stages.setup import SILENT, check_batches, open_shards, open_stage
 from trinity.stages.sources import RetrievalSource, TextSource
 from trinity.train.job import Progress, TrainJob
 from trinity.train.losses import language_model_loss

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -12,26 +11,21 @@ from torch import nn
 
 from trinity.base.errors import UsageError
 from trinity.base.rng import derive
-from trinity.config import LossConfig, RLConfig, RunConfig
-from trinity.data.rows import to_device
+from trinity.config import RLConfig, RunConfig
 from trinity.evals import arithmetic
-from trinity.evals.scoring import target_logprobs
 from trinity.export.afmoe import write_model
-from trinity.model.transformer import Transformer
-from trinity.ops.cross_entropy import token_logprobs_and_entropies
 from trinity.optim.schedule import StepPlan
-from trinity.rl.loss import policy_loss
 from trinity.rl.rewards import exact_integer
-from trinity.rl.rollout import Rollouts, Scorer
-from trinity.rl.rows import PolicyRows, ReplayRows
+from trinity.rl.rollout import Rollouts
 from trinity.rl.sample import Sampler, Task
 from trinity.rl.samplers import CopySampler, LiveSampler
 from trinity.rl.server import ServerSampler
 from trinity.stages.evaluations import arithmetic_evaluation, sample_evaluation
+from trinity.stages.finish import StageResult, run_stage
+from trinity.stages.policy import PolicyGradient, fingerprint, scorer, start_policy
 from trinity.stages.rl_tasks import EnvironmentTasks, TaskSource, named_tasks
-from trinity.stages.setup import SILENT, Stage, StageResult, open_stage, run_stage
+from trinity.stages.setup import SILENT, Stage, open_stage
 from trinity.train.job import Evaluation, Outcome, Progress, TrainJob
-from trinity.train.losses import Batch, LossOutput, Share
 
 
 def run(
@@ -66,6 +60,11 @@ def run(
         raise UsageError(
             "rl.ahead needs a copy of the weights, which several processes do not make: use rl.ahead=false"
         )
+    if settings.kl and stage.sharding is not None:
+        raise UsageError(
+            "rl.kl needs a copy of the weights it starts from, which several processes do not make: use rl.kl=0, or "
+            "start without torchrun"
+        )
     if settings.server and stage.sharding is not None:
         raise UsageError("rl.server is synced by one process: start without torchrun, or sample natively")
     with ExitStack() as stack:
@@ -79,7 +78,15 @@ def _run(stage: Stage, environment: Callable[[Stage], TaskSource], progress: Pro
     config, settings = stage.config, stage.config.rl
     source = environment(stage)
     seed = derive(config.runtime.seed, "rl")
-    rollouts = Rollouts(settings, _fitting(source, settings), _sampler(stage, settings), scorer(stage.model), seed)
+    start = start_policy(stage) if settings.kl else None
+    rollouts = Rollouts(
+        settings,
+        _fitting(source, settings),
+        _sampler(stage, settings),
+        scorer(stage.model, settings.temperature),
+        seed,
+        None if start is None else scorer(start, settings.temperature),
+    )
     evaluations = [sample_evaluation(stage, [source(number, 0).prompt for number in range(4)])]
     if environment is arithmetic_tasks:
         evaluations.insert(0, arithmetic_evaluation(stage, "chat"))
@@ -97,7 +104,8 @@ def _run(stage: Stage, environment: Callable[[Stage], TaskSource], progress: Pro
         run_dir=stage.run,
         evaluations=[*evaluations, _rollout_samples(stage, rollouts)],
         step_fields=rollouts.summary,
-        fingerprints={"tokenizer": stage.tokenizer.fingerprint},
+        fingerprints={"tokenizer": stage.tokenizer.fingerprint}
+        | ({} if start is None else {"start policy": fingerprint(start)}),
         progress=progress,
     )
     return run_stage(stage, job)
@@ -152,51 +160,6 @@ def _fitting(source: TaskSource, settings: RLConfig) -> TaskSource:
     return task
 
 
-@dataclass(frozen=True)
-class PolicyGradient:
-    """`rl.loss.policy_loss` on `rl.rows.PolicyRows`, with the sequence-wise balance loss of every stage."""
-
-    settings: RLConfig
-
-    def __call__(self, model: nn.Module, batch: Batch, share: Share, settings: LossConfig) -> LossOutput:
-        assert isinstance(model, Transformer)
-        chosen_BTLk = batch.extra.get("experts_BTLk") if self.settings.replay else None
-        features = model.features(batch.tokens_BT, batch.segments_BT, batch.positions_BT, chosen_BTLk=chosen_BTLk)
-        there_BT = batch.targets_BT != -100
-        logprobs_N, entropies_N = token_logprobs_and_entropies(
-            features.x_BTD[there_BT], model.head.weight, batch.targets_BT[there_BT], chunk_tokens=settings.chunk_tokens
-        )
-        old_N = batch.extra["old_logprobs_BT"][there_BT]
-        result = policy_loss(
-            logprobs_N,
-            torch.where(old_N.isnan(), logprobs_N.detach(), old_N),
-            batch.extra["sampler_logprobs_BT"][there_BT],
-            batch.extra["advantages_BT"][there_BT],
-            clip_low=self.settings.clip_low,
-            clip_high=self.settings.clip_high,
-            max_weight=self.settings.max_weight,
-        )
-        routing = features.routing
-        part = (batch.segments_BT >= 0).sum() / share.tokens
-        sequence_loss = settings.sequence_loss * part * routing.sequence_loss
-        return LossOutput(
-            loss=result.sum / share.targets + sequence_loss,
-            terms={
-                "policy_loss": result.sum.detach() / share.targets,
-                "sequence_loss": sequence_loss.detach(),
-                "kl_gap": result.gap_sum / share.targets,
-                "clip_fraction": result.clipped_tokens / share.targets,
-                "truncated_fraction": result.truncated_tokens / share.targets,
-                "policy_entropy": entropies_N.sum() / share.targets,
-                "router_entropy": routing.entropy_L * part,
-            },
-            mean=result.sum.detach() / there_BT.sum().clamp(min=1),
-            counts_LE=routing.counts_LE,
-            extremes={"router_max": routing.logit_max_L, "router_negated_min": -routing.logit_min_L},
-            margins_LEB=routing.margins_LEB,
-        )
-
-
 def _sampler(stage: Stage, settings: RLConfig) -> Sampler:
     if settings.server:
         return ServerSampler(settings, stage.tokenizer, stage.run.path / "served", lambda target: _serve(stage, target))
@@ -210,20 +173,6 @@ def _serve(stage: Stage, target: Path) -> None:
     written once a step, does not."""
     dtype = getattr(torch, stage.config.runtime.dtype)
     write_model(stage.model, stage.config.model, stage.tokenizer, target, dtype=dtype)
-
-
-def scorer(model: Transformer) -> Scorer:
-    """The trainer's log-probabilities: the same forward pass and head as the loss."""
-
-    @torch.no_grad()
-    def score(rows: PolicyRows, replay: bool) -> np.ndarray:
-        device = next(model.parameters()).device
-        chosen_BTLk = None
-        if replay and isinstance(rows, ReplayRows):
-            chosen_BTLk = torch.from_numpy(rows.experts_BTLk).to(device)
-        return target_logprobs(model, to_device(rows, device), chosen_BTLk).cpu().numpy()
-
-    return score
 
 
 def _rollout_samples(stage: Stage, rollouts: Rollouts) -> Evaluation:

@@ -1,24 +1,18 @@
-"""What every stage does before and after its training loop: device, tokenizer, model, checks, export."""
+"""What every stage does before its training loop: device, tokenizer, model, optimizer, shards, checks."""
 
 import os
-import platform
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from trinity.base import dist
 from trinity.base.errors import UsageError, UserError
 from trinity.base.rundir import RunDir
-from trinity.config import ModelConfig, RunConfig, StageConfig, check_parallel
+from trinity.config import RunConfig, StageConfig, check_parallel
 from trinity.data.shards import Shards
-from trinity.export.afmoe import export_afmoe
-from trinity.export.peft import export_peft
-from trinity.export.shards import export_shards
-from trinity.infer.load import checkpoint_tensors, find, find_tokenizer, has_tokenizer, weights
 from trinity.model.lora import Adapters
 from trinity.model.transformer import Transformer
 from trinity.ops.borrowed_cross_entropy import check_kind
@@ -27,21 +21,10 @@ from trinity.parallel.mesh import build_meshes
 from trinity.parallel.muon import MuonExchange
 from trinity.parallel.shard import Sharding, shard_model
 from trinity.stages.adapters import ADAPTED_STAGES, adapter_optim, open_adapters
+from trinity.stages.start import check_tokenizer, load_weights
 from trinity.tokenizer import Tokenizer
-from trinity.train.checkpoint import checkpoint_name
 from trinity.train.compilation import compile_blocks
-from trinity.train.job import Silent, TrainJob, TrainResult
-from trinity.train.launch import LAUNCHED, RECORDED, is_recorded
-from trinity.train.loop import train
-
-# Settings that may differ between a stage and the model that it starts from: where weights began, and how far rows
-# reach.
-_FREE = {"max_positions", "init_scale", "post_norm_gain", "global_every", "layer_types"}
-
-
-GATE_PARAMS = 10_000_000_000
-"""Of a model trained by several processes, up to this size the export compares logits, for which one process holds
-three copies in float32 on the CPU; beyond it compares tensors."""
+from trinity.train.job import Silent
 
 GATHERED_SHARE = 0.4
 """Of a GPU's memory that all weights may take for an evaluation that generates; beyond it those are left out."""
@@ -89,37 +72,6 @@ class Stage:
     def gathered(self) -> AbstractContextManager[None]:
         """All weights on this process, for code that calls parts of the model instead of the whole."""
         return self.sharding.gathered() if self.sharding else nullcontext()
-
-
-@dataclass(frozen=True)
-class StageResult:
-    train: TrainResult
-    model_dir: Path | None
-    """The export of the final weights; None when the stage was interrupted or saves nothing."""
-
-
-def about(stage: Stage, job: TrainJob) -> dict[str, Any]:
-    """Environment, the path that each operation takes, and which optimizer moves what, for the start event."""
-    device = torch.cuda.get_device_name(stage.device) if stage.device.type == "cuda" else platform.processor() or "cpu"
-    environment = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "ranks": dist.world_size(),
-        "layout": asdict(stage.sharding.meshes.sizes) if stage.sharding else None,
-    }
-    # The shortest row that has a window: the paths are the same, the masks of a long row would cost memory.
-    length = min(stage.settings.seq_len // stage.config.parallel.context, stage.config.model.window + 1)
-    layout = stage.model.layout((1, length + length % 2))
-    alone = dist.world_size() == 1 and stage.sharding is None
-    recorded = is_recorded(stage.config.runtime, stage.device, job.loss, stage.config.loss, alone=alone)
-    return {
-        "environment": environment,
-        "paths": stage.model.paths(layout) | {"micro-batch": RECORDED if recorded else LAUNCHED},
-        "generates": stage.generates,
-        "optimizer": [list(row) for row in stage.optimizer.table()],
-    }
 
 
 def open_stage(name: str, config: RunConfig, run_dir: Path, start_from: Path | None) -> Stage:
@@ -203,41 +155,6 @@ def open_device(config: RunConfig) -> torch.device:
     return device
 
 
-def check_tokenizer(tokenizer: Tokenizer, where: str, start_from: Path) -> None:
-    """Raises UserError when the model of `start_from` was trained with another tokenizer: its embeddings would stand
-    for other texts."""
-    place = find(start_from)
-    if not has_tokenizer(place):
-        return
-    own = find_tokenizer(place)
-    if own.fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"the model of {start_from} has another tokenizer ({own.vocab_size} entries) than data.tokenizer = {where} "
-            f"({tokenizer.vocab_size} entries): a stage goes on with the model's own"
-        )
-
-
-def load_weights(model: Transformer, config: ModelConfig, start_from: Path, sharding: Sharding | None = None) -> None:
-    """Weights and expert biases of a model or run directory, one tensor at a time. Raises UserError that names the
-    first setting that differs."""
-    found, tensors = weights(start_from, dtype=torch.float32)
-    for key in ModelConfig.model_fields:
-        if key not in _FREE and getattr(found, key) != getattr(config, key):
-            raise UserError(
-                f"the model of {start_from} has {key} = {getattr(found, key)}, but this run has model.{key} = "
-                f"{getattr(config, key)}: a stage goes on with a model of its own shape"
-            )
-    if found.layers != config.layers:
-        raise UserError(f"the model of {start_from} has other local and global layers than this run's model")
-    if sharding is not None:
-        sharding.load(tensors)
-        return
-    own = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in tensors:
-            own[name].copy_(tensor)
-
-
 def open_shards(stage: Stage) -> tuple[Shards, Shards]:
     """The training and the held-out shards. Raises UserError when they are missing or made with another tokenizer."""
     if not stage.config.data.shards:
@@ -265,35 +182,3 @@ def check_batches(stage: Stage, batch_sizes: Iterable[int]) -> None:
                 f"{stage.name}: a batch of {rows} rows cannot be shared by {ranks} data-parallel ranks; "
                 f"use {' or '.join(map(str, fits))} rows"
             )
-
-
-def run_stage(stage: Stage, job: TrainJob) -> StageResult:
-    """Train, or go on where the run was left, and export the final weights to RUN/model."""
-    if not stage.run.read_events("start") and stage.run.model.exists():  # it would be replaced at the end
-        raise UserError(f"{stage.run.model} exists already, but no run is recorded beside it: choose another --run-dir")
-    stage.run.create()
-    result = train(
-        replace(job, about={**about(stage, job), **job.about}, sharding=stage.sharding, adapters=stage.adapters)
-    )
-    if not (result.finished and stage.config.checkpoint.enabled):
-        return StageResult(result, None)
-    dist.place.arrive("the export")
-    dist.on_main(lambda: _export(stage, result.step))
-    return StageResult(result, stage.run.model)
-
-
-def _export(stage: Stage, step: int) -> None:
-    config = stage.config.model
-    dtype = "float32" if stage.config.runtime.dtype == "float32" else "bfloat16"
-    origin = {"run": stage.config.name, "stage": stage.name, "step": str(step)}
-    target, model = stage.run.model, stage.model
-    if stage.sharding is not None:
-        saved = checkpoint_tensors(stage.run.checkpoints / checkpoint_name(step))
-        if config.num_params() > GATE_PARAMS:
-            export_shards(saved, config, stage.tokenizer, target, dtype=dtype, origin=origin, force=True)
-            return
-        model = Transformer(config)
-        model.load_state_dict({name: saved.read(name) for name in saved.names})
-    export_afmoe(model, config, stage.tokenizer, target, dtype=dtype, origin=origin, force=True)
-    if stage.adapters is not None:
-        export_peft(stage.adapters, str(stage.start_from), stage.run.path / "adapter")

@@ -7,7 +7,8 @@ from trinity.config import RunConfig
 from trinity.data.chat import ChatRows, is_held_out, read_conversations
 from trinity.optim.schedule import StepPlan
 from trinity.stages.evaluations import heldout_evaluation, sample_evaluation, template_evaluation, turn_prompt
-from trinity.stages.setup import SILENT, StageResult, check_batches, open_stage, run_stage
+from trinity.stages.finish import StageResult, run_stage
+from trinity.stages.setup import SILENT, check_batches, open_stage
 from trinity.stages.sources import ChatSource, HeldOutChats
 from trinity.train.job import Progress, TrainJob
 from trinity.train.losses import language_model_loss
