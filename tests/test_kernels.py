@@ -266,3 +266,32 @@ def test_muons_two_passes(nesterov: bool, skipped: float | None) -> None:
     for t, b in zip(whole, before, strict=True):
         assert torch.equal(t[:, :2], b[:, :2])
         assert torch.equal(t[:, 6:], b[:, 6:])
+
+
+def test_rounding_by_chance() -> None:
+    """Neighbours only, and right on average (four standard errors)."""
+    share, count = 0.3, 20_000
+    value = torch.full((count,), 1 + share * 2**-7, device=DEVICE)
+    target = torch.empty(count, dtype=torch.bfloat16, device=DEVICE)
+    elementwise.stochastic_round_(target, value, 5)
+    assert set(target.float().unique().tolist()) == {1.0, 1.0 + 2**-7}
+    up = float((target.float() > 1.0).float().mean())
+    assert up == pytest.approx(share, abs=4 * (share * (1 - share) / count) ** 0.5)
+    again = torch.empty_like(target)
+    elementwise.stochastic_round_(again, value, 5)
+    assert torch.equal(again, target)
+    elementwise.stochastic_round_(again, value, 6)
+    assert not torch.equal(again, target)
+
+
+def test_muon_moves_weights_without_masters() -> None:
+    """A step of a tenth of the last place moves a tenth of the weights; a skipped one none."""
+    weight = torch.ones(4, 50, 100, dtype=torch.bfloat16, device=DEVICE)
+    step = torch.ones_like(weight)
+    muon.move(weight, step, None, rate=2**-8 / 10, decay=0.0, seed=3)
+    moved = float((weight.float() < 1.0).float().mean())
+    assert moved == pytest.approx(0.1, abs=4 * (0.09 / weight.numel()) ** 0.5)
+    assert set(weight.float().unique().tolist()) == {1.0, 1.0 - 2**-8}
+    before = weight.clone()
+    muon.move(weight, step, torch.ones((), device=DEVICE), rate=0.5, decay=0.1, seed=4)
+    assert torch.equal(weight, before)

@@ -50,7 +50,7 @@ class Model(nn.Module):
     def give_gradients(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for p in self.tensors.values():
-            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 16), (2, 16, 40), (1, 32, 32), (5, 2, 16, 8)])

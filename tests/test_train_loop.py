@@ -39,9 +39,9 @@ def one_step(
     gradients: dict[str, torch.Tensor] = {}
     step = job.optimizer.step
 
-    def spy(skip: torch.Tensor | None = None) -> None:
+    def spy(skip: torch.Tensor | None = None, number: int = 0) -> None:
         gradients.update({n: p.grad.clone() for n, p in job.model.named_parameters() if p.grad is not None})
-        step(skip)
+        step(skip, number)
 
     job.optimizer.step = spy  # type: ignore[method-assign]
     masters = MasterWeights(job.model, torch.float32)

@@ -68,6 +68,8 @@ class OptimConfig(Frozen):
     router: Literal["muon", "adamw"] = "adamw"
     """Which optimizer moves the router's matrix. Not public."""
     clip_norm: PositiveFloat = 1.0
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How updated weights are rounded that have no float32 masters (`runtime.master_weights = false`)."""
 
 
 class GuardConfig(Frozen):

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from trinity.base.dist import local
+from trinity.base.rng import derive
 from trinity.ops import kernels
 from trinity.ops.newton_schulz import COEFFICIENTS, orthogonalize, orthogonalize_reference
+from trinity.ops.rounding import stochastic_round_
 from trinity.optim.groups import MuonMatrix, lr_multiplier
 
 STACK_ELEMENTS = 2**27
@@ -82,7 +84,11 @@ class Muon:
         weight_decay: float,
         coefficients: str,
         exchange: Exchange | None = None,
+        stochastic: bool = False,
     ) -> None:
+        self._noise = 0
+        self.stochastic = stochastic
+        """Round bfloat16 weights up or down by chance instead of to the nearest number."""
         self.matrices = list(matrices)
         self.beta, self.nesterov, self.weight_decay = beta, nesterov, weight_decay
         self.coefficients = COEFFICIENTS[coefficients]
@@ -92,8 +98,12 @@ class Muon:
         }
 
     @torch.no_grad()
-    def step(self, lr: float, skip: Tensor | None = None) -> None:
-        """Update every matrix that has a gradient. With `skip` non-zero (scalar on the device) nothing changes."""
+    def step(self, lr: float, skip: Tensor | None = None, number: int = 0) -> None:
+        """Update every matrix that has a gradient. With `skip` non-zero (scalar on the device) nothing changes.
+
+        `number`: of the step; with the place of a weight it decides the noise of stochastic rounding.
+        """
+        self._noise = derive(number, "rounding")
         stacks: dict[tuple[int, int], list[_Part]] = defaultdict(list)
         split: dict[str, Tensor] = {}
         weights: dict[str, Tensor] = {}
@@ -147,7 +157,14 @@ class Muon:
         ortho = orthogonalize(stack, self.coefficients).contiguous()
         rate, decay = lr * lr_multiplier(rows, columns), lr * self.weight_decay
         for part, step in zip(parts, ortho.split(counts), strict=True):
-            move(part.weight, step, skip, rate=rate, decay=decay)
+            move(part.weight, step, skip, rate=rate, decay=decay, seed=self._seed(part.weight))
+
+    def _seed(self, weight: Tensor) -> int | None:
+        """Another one for each piece of weights that is moved in a step; None: round to the nearest number."""
+        if not self.stochastic or weight.dtype != torch.bfloat16:
+            return None
+        self._noise += 1
+        return self._noise % 2**31
 
     def _apply_rows(self, weights: Mapping[str, Tensor], rows: list[Rows], lr: float, keep: Tensor | None) -> None:
         if rows:
@@ -161,6 +178,12 @@ class Muon:
         """Decay weights and step, all with the rate of a [rows, columns] matrix."""
         rate, decay = lr * lr_multiplier(rows, columns), lr * self.weight_decay
         for weight, step in zip(weights, steps, strict=True):
+            seed = self._seed(weight)
+            if seed is not None:
+                kept = 1.0 if keep is None else keep
+                moved = weight.float() * (1 - decay * kept) - step.view(weight.shape).float() * (rate * kept)
+                stochastic_round_(weight, moved, seed)
+                continue
             step = step.view(weight.shape).to(weight.dtype)
             if keep is None:
                 weight.mul_(1 - decay).add_(step, alpha=-rate)

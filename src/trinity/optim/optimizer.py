@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trinity.base.dist import local
+from trinity.base.rng import derive
 from trinity.config import ModelConfig, OptimConfig
+from trinity.ops.rounding import stochastic_round_
 from trinity.optim.groups import describe, group_parameters
 from trinity.optim.muon import Exchange, Muon
 
@@ -32,6 +34,7 @@ class MuonAdamW:
         self.settings = settings
         self.groups = group_parameters(model.named_parameters(), config, settings)
         self.lr_scale = 1.0
+        self.stochastic = settings.rounding == "stochastic"
         self.muon = Muon(
             self.groups.muon,
             beta=settings.muon_momentum,
@@ -39,11 +42,13 @@ class MuonAdamW:
             weight_decay=settings.weight_decay,
             coefficients=settings.newton_schulz,
             exchange=exchange,
+            stochastic=self.stochastic,
         )
         self._adamw_names = [*self.groups.adamw_decay, *self.groups.adamw_vectors]
-        # torch's kernels take no mixture of meshes: they get plain tensors that share the parts' memory.
+        # torch's kernels take no mixture of meshes: they get plain tensors that share the parts' memory. Of bfloat16
+        # weights that are rounded by chance they get float32 copies, made anew in every step.
         self._shared = {
-            name: (parameter, _part(parameter))
+            name: (parameter, _part(parameter, widened=self._widens(parameter)))
             for name, parameter in (*self.groups.adamw_decay.items(), *self.groups.adamw_vectors.items())
         }
         self.adamw = torch.optim.AdamW(
@@ -61,12 +66,23 @@ class MuonAdamW:
     def _parts(self, names: Iterable[str]) -> list[nn.Parameter]:
         return [self._shared[name][1] for name in names]
 
+    def _widens(self, parameter: Tensor) -> bool:
+        return self.stochastic and parameter.dtype == torch.bfloat16
+
     def _share(self) -> None:
         """Parts anew, as FSDP may move a parameter's memory once, and the gradients of this step."""
         for parameter, part in self._shared.values():
             if part is not parameter:
-                part.data = local(parameter.detach())
-                part.grad = None if parameter.grad is None else local(parameter.grad)
+                part.data = local(parameter.detach()).to(part.dtype)
+                part.grad = None if parameter.grad is None else local(parameter.grad).to(part.dtype)
+
+    def _round(self, number: int) -> None:
+        """Bring what has moved in float32 back to the weights, and free it."""
+        for name, (parameter, part) in self._shared.items():
+            if self._widens(parameter):
+                stochastic_round_(local(parameter.detach()), part.data, derive(number, "rounding", name) % 2**31)
+                part.data = part.data.new_empty(0)
+                part.grad = None
 
     def _initialise_adamw(self) -> None:
         """Moments at zero from the start, so that a checkpoint always has the same tensors."""
@@ -85,17 +101,20 @@ class MuonAdamW:
             group["lr"] = self.settings.adamw_lr * scale
 
     @torch.no_grad()
-    def step(self, skip: Tensor | None = None) -> None:
+    def step(self, skip: Tensor | None = None, number: int = 0) -> None:
         """Update the parameters from their gradients.
+
+        `number`: of the step, from which the noise of stochastic rounding follows.
 
         `skip`: scalar on the parameters' device; non-zero leaves every parameter and all state unchanged, whatever the
         gradients hold.
         """
-        self.muon.step(self.settings.muon_lr * self.lr_scale, skip)
+        self.muon.step(self.settings.muon_lr * self.lr_scale, skip, number)
         # The attribute that torch's gradient scaler sets: the fused kernel then changes nothing where it is 1.
         self._share()
         self.adamw.found_inf = None if skip is None else (skip != 0).to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
         self.adamw.step()
+        self._round(number)
 
     def zero_grad(self) -> None:
         for matrix in self.groups.muon:
@@ -131,7 +150,9 @@ class MuonAdamW:
         return [(name, self.adamw.state[self._shared[name][1]]) for name in self._adamw_names]
 
 
-def _part(parameter: nn.Parameter) -> nn.Parameter:
+def _part(parameter: nn.Parameter, *, widened: bool) -> nn.Parameter:
+    if widened:
+        return nn.Parameter(local(parameter.detach()).float())
     return nn.Parameter(local(parameter.detach())) if isinstance(parameter, DTensor) else parameter
 
 

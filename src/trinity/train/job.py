@@ -41,7 +41,7 @@ class Optimizer(Protocol):
 
     def set_lr(self, scale: float) -> None: ...
 
-    def step(self, skip: Tensor | None = None) -> None:
+    def step(self, skip: Tensor | None = None, number: int = 0) -> None:
         """Update the parameters; a non-zero `skip` on the device leaves parameters and state unchanged."""
         ...
 

@@ -304,9 +304,9 @@ class _Watched:
     def __init__(self, optimizer: MuonAdamW, rehearsing: _Rehearsing) -> None:
         self._optimizer, self._rehearsing = optimizer, rehearsing
 
-    def step(self, skip: Tensor | None = None) -> None:
+    def step(self, skip: Tensor | None = None, number: int = 0) -> None:
         self._rehearsing.before_update(self._optimizer)
-        self._optimizer.step(skip)
+        self._optimizer.step(skip, number)
 
     def set_lr(self, scale: float) -> None:
         self._optimizer.set_lr(scale)

@@ -78,7 +78,7 @@ class StepRunner:
         clip_(list(gradients.values()), norm, self.config.optim.clip_norm)
         self.before_update()
         self.optimizer.set_lr(planned.lr_scale)
-        self.optimizer.step(skip=verdict.skip)
+        self.optimizer.step(skip=verdict.skip, number=planned.step)
         self.masters.refresh()
         counts_LE = packed.device_value("counts")
         if counts_LE.numel():

@@ -56,3 +56,27 @@ def split_matrix(weight_ED: Tensor) -> Tensor:
     grid = (triton.cdiv(weight_ED.numel(), BLOCK),)
     _split[grid](weight_ED.contiguous(), out, weight_ED.numel(), D, E * D, D, REPEAT=False, BLOCK=BLOCK, num_warps=8)
     return out
+
+
+@triton.jit
+def noisy(value, seed, index):
+    """float32 with random bits below bfloat16's last place, cut off: rounding up or down by chance."""
+    noise = tl.randint(seed, index.to(tl.int32)).to(tl.int32, bitcast=True) & 0xFFFF
+    bits = (value.to(tl.int32, bitcast=True) + noise) & -65536
+    finite = tl.abs(value) < float("inf")
+    return tl.where(finite, bits.to(tl.float32, bitcast=True), value)
+
+
+@triton.jit
+def _stochastic_round(value, target, size, seed, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    rounded = noisy(tl.load(value + index, mask=inside, other=0.0), seed, index)
+    tl.store(target + index, rounded.to(tl.bfloat16), mask=inside)
+
+
+def stochastic_round_(target: Tensor, value: Tensor, seed: int) -> None:
+    """bfloat16 `target` <- float32 `value`; both contiguous."""
+    assert target.is_contiguous() and value.is_contiguous() and target.shape == value.shape  # noqa: PT018
+    size = value.numel()
+    _stochastic_round[(triton.cdiv(size, BLOCK),)](value, target, size, seed, BLOCK=BLOCK, num_warps=8)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trinity.ops.kernels.elementwise import noisy
+
 BLOCK = 4096
 
 
@@ -43,7 +45,8 @@ def direction(grad: Tensor, momentum: Tensor, skip: Tensor | None, out: Tensor, 
 
 @triton.jit
 def _move(
-    weight, step, skip, size, inner, w_stride, rate, decay, HAS_SKIP: tl.constexpr, BLOCK: tl.constexpr
+    weight, step, skip, size, inner, w_stride, rate, decay, seed,
+    HAS_SKIP: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
@@ -52,15 +55,20 @@ def _move(
     new = old * (1 - decay) - rate * tl.load(step + index, mask=inside, other=0.0).to(tl.float32)
     if HAS_SKIP:
         new = tl.where(tl.load(skip) != 0, old, new)
+    if STOCHASTIC:
+        new = noisy(new, seed, index)
     tl.store(place, new.to(weight.dtype.element_ty), mask=inside)
 
 
-def move(weight: Tensor, step: Tensor, skip: Tensor | None, *, rate: float, decay: float) -> None:
-    """weight <- weight * (1 - decay) - rate * step; `step` contiguous."""
+def move(
+    weight: Tensor, step: Tensor, skip: Tensor | None, *, rate: float, decay: float, seed: int | None = None
+) -> None:
+    """weight <- weight * (1 - decay) - rate * step; `step` contiguous. With a seed a bfloat16 weight is rounded up or
+    down by chance."""
     size, inner = weight.numel(), weight.shape[-1] * weight.shape[-2]
     _move[(triton.cdiv(size, BLOCK),)](
         weight, step, weight if skip is None else skip, size, inner, _outer_stride(weight), rate, decay,
-        HAS_SKIP=skip is not None, BLOCK=BLOCK, num_warps=8,
+        0 if seed is None else seed, HAS_SKIP=skip is not None, STOCHASTIC=seed is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
 
 
