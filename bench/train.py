@@ -136,7 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--torchtitan", type=Path, help="directory with the package torchtitan 0.2.2")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--weights", choices=("masters", "plain"), default="masters")
-    parser.add_argument("--recompute", choices=("none", "block"), default="none")
+    parser.add_argument("--recompute", choices=("none", "selective", "block"), default="none")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the run")
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)

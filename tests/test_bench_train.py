@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from trainbench.check import FLOOR, differences, within
@@ -79,3 +80,19 @@ def test_made_up_rows_are_whole_documents() -> None:
         assert (rows.targets_BT[row, ends] == -100).all()
         inside = np.setdiff1d(np.arange(63), ends)
         assert (rows.targets_BT[row, inside] == rows.tokens_BT[row, inside + 1]).all()
+
+
+def test_ways_of_attention_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At toy size; FlashAttention needs a GPU, which the result says and the exit status with it."""
+    import attention  # a script of bench/
+
+    out = tmp_path / "attention.json"
+    sizes = ["--rows", "2", "--seq-len", "96", "--window", "24", "--head-dim", "16", "--repeats", "1"]
+    words = ["attention.py", "--out", str(out), "--device", "cpu", *sizes, "--variants", "masked", "flex"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert attention.main() == 0
+    found = json.loads(out.read_text())["kinds"]
+    assert max(found["local"]["flex"]["differences"] + found["global"]["flex"]["differences"]) < 1e-5
+    monkeypatch.setattr(sys, "argv", [*words, "varlen"])
+    assert attention.main() == 1
+    assert "error" in json.loads(out.read_text())["kinds"]["local"]["varlen"]

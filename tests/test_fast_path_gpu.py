@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from test_train_gpu import gpu_job
-from trainbench.check import differences, gradients, within
+from trainbench.check import differences, gradients, within, within_fp8
 from trainbench.shapes import made_up_rows
 from trinity.config import RunConfig, resolve
 from trinity.data.rows import to_device
@@ -46,6 +46,29 @@ def test_gradients_are_those_of_the_reference(graphs: bool, compiled: bool) -> N
     yardstick = differences(gradients(config(kernels="reference"), rows, device), exact)
     errors = differences(gradients(config(cuda_graphs=graphs, compile=compiled), rows, device), exact)
     assert within(errors, yardstick), (errors, yardstick)
+
+
+def test_selective_recomputation_has_the_same_gradients_and_keeps_less() -> None:
+    device, rows = torch.device("cuda", 0), made_up_rows(4, 256, 512, seed=0)
+    found, peaks = [], []
+    for recompute in ("none", "selective"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found.append(gradients(config(recompute=recompute), rows, device))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    errors = differences(found[1], found[0])
+    assert errors["worst"] < 1e-3, errors
+    assert peaks[1] < peaks[0]
+    recorded = gradients(config(recompute="selective", cuda_graphs=True), rows, device)
+    assert differences(recorded, found[0])["worst"] < 1e-3
+
+
+def test_fp8_gradients_are_near() -> None:
+    device, rows = torch.device("cuda", 0), made_up_rows(2, 256, 512, seed=0)
+    exact = gradients(config(kernels="reference", dtype="float32"), rows, device)
+    for graphs in (False, True):
+        errors = differences(gradients(config(fp8=True, cuda_graphs=graphs), rows, device), exact)
+        assert within_fp8(errors), errors
 
 
 def runner(*overrides: str) -> tuple[StepRunner, TrainJob]:

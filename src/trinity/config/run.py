@@ -148,8 +148,8 @@ class RuntimeConfig(Frozen):
     """torch.compile the blocks on a GPU; the CPU runs eagerly."""
     cuda_graphs: bool = True
     """Record forward and backward pass of a micro-batch as one CUDA graph and replay it (one GPU; the CPU has none)."""
-    recompute: Literal["none", "block"] = "none"
-    """Activation recomputation."""
+    recompute: Literal["none", "selective", "block"] = "none"
+    """What the backward pass computes again: nothing, what is cheap (norms, gates, activations), or whole blocks."""
     fp8: bool = False
     """Matrix products of the blocks in FP8, forward and input gradients (`ops/fp8.py`); a CPU simulates them."""
     kernels: Literal["fast", "reference"] = "fast"
@@ -163,6 +163,10 @@ class RuntimeConfig(Frozen):
     def _check(self) -> Self:
         if self.fp8 and (self.compile or self.kernels == "reference"):
             raise ValueError("runtime.fp8 has kernels of its own: it needs runtime.compile = false and kernels = fast")
+        if self.recompute == "selective" and self.compile:
+            raise ValueError(
+                "runtime.recompute = selective needs runtime.compile = false: the compiler decides itself what it keeps"
+            )
         return self
 
 

@@ -12,6 +12,7 @@ from trinity.model.rope import Rotation, reference_rotate, rotate, rotation
 from trinity.ops import kernels as triton_kernels
 from trinity.ops.attention import AttentionPlan
 from trinity.ops.gate import gated_heads, reference_gated_heads
+from trinity.ops.remake import remade, set_aside
 
 
 class Attention(nn.Module):
@@ -70,8 +71,12 @@ class Attention(nn.Module):
 
     def output(self, o_BTHK: Tensor, gate: Tensor | None) -> Tensor:
         """[B, T, D]: W_o(o * sigmoid(gate)), elementwise over all channels of all heads."""
-        return self.o(o_BTHK.flatten(-2) if gate is None else self.gated(o_BTHK, gate))
+        if gate is None:
+            return self.o(o_BTHK.flatten(-2))
+        return self.o(remade(self.gated(o_BTHK, gate), self.gated, o_BTHK, gate))
 
     def forward(self, x_BTD: Tensor, turn: Rotation, plan: AttentionPlan) -> Tensor:
         q, k, v, gate = self.project(x_BTD, turn)
-        return self.output(plan.attend(q, k, v), gate)
+        with set_aside():
+            o_BTHK = plan.attend(q, k, v)
+        return self.output(o_BTHK, gate)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from trinity.model.norm import Kernels
 from trinity.ops import fp8
 from trinity.ops.matmul import linear
+from trinity.ops.remake import remade
 from trinity.ops.swiglu import reference_swiglu, swiglu
 
 
@@ -40,7 +41,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]"""
-        return self.down(self.activation(self.gate_up(x)))
+        hidden = self.gate_up(x)
+        return self.down(remade(self.activation(hidden), self.activation, hidden))
 
 
 class Embedding(nn.Embedding):

@@ -20,9 +20,10 @@ from trinity.model.router import Documents, LayerStats, Router
 from trinity.ops import fp8
 from trinity.ops.experts import describe_experts
 from trinity.ops.matmul import describe_matmul
+from trinity.ops.remake import remade, selective
 from trinity.ops.rms_norm import reference_residual_norm, residual_norm
 
-Recompute = Literal["none", "block"]
+Recompute = Literal["none", "selective", "block"]
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,12 @@ class Block(nn.Module):
         self, x_BTD: Tensor, layout: Layout, chosen_BTk: Tensor | None = None
     ) -> tuple[Tensor, LayerStats | None]:
         plan = layout.local_plan if self.kind == "local" else layout.global_plan
-        y_BTD = self.attn(self.attn_norm(x_BTD), layout.turn, plan)
+        h_BTD = remade(self.attn_norm(x_BTD), self.attn_norm, x_BTD)
+        y_BTD = self.attn(h_BTD, layout.turn, plan)
         norms = self.attn_post_norm.weight, self.ffn_norm.weight, self.ffn_norm.eps
         x_BTD, h_BTD = self.residual_norm(x_BTD, y_BTD, *norms)
         assert h_BTD is not None
+        remade(h_BTD, self.ffn_norm, x_BTD)
         return self._from_normed(x_BTD, h_BTD, layout.documents, chosen_BTk)
 
 
@@ -107,7 +110,8 @@ class Transformer(nn.Module):
         self.config = config
         self.kernels: Kernels = kernels
         self.recompute: Recompute = recompute
-        """ "block" keeps only each block's input for the backward pass and computes the rest again."""
+        """ "block" keeps only each block's input for the backward pass and computes the rest again; "selective" keeps
+        products and computes again what is cheap (`ops/remake.py`)."""
         self.layout_maker: LayoutMaker = make_layout
         """Context parallelism hands in its own, as expert parallelism does with each MoE's dispatcher."""
         self.embed = Embedding(config.vocab_size, config.dim)
@@ -214,6 +218,9 @@ class Transformer(nn.Module):
                 given = (*given, chosen_BTLk[:, :, len(stats)].long())
             if self.recompute == "block" and torch.is_grad_enabled():
                 x_BTD, layer_stats = checkpoint(block, *given, use_reentrant=False)
+            elif self.recompute == "selective" and torch.is_grad_enabled():
+                with selective():
+                    x_BTD, layer_stats = block(*given)
             else:
                 x_BTD, layer_stats = block(*given)
             if layer_stats is not None:
