@@ -100,23 +100,23 @@ def test_a_second_call_asks_nothing_and_other_settings_are_refused(tmp_path: Pat
 
 
 def test_kills_at_random_moments_lose_nothing_and_duplicate_nothing(tmp_path: Path) -> None:
-    kill_and_compare(tmp_path, "serial", kills=2, seed=0)
+    kill_and_compare(tmp_path, "serial", documents=24, kills=2, seed=0)
 
 
 @pytest.mark.slow
 def test_ten_kills_of_a_cluster(tmp_path: Path) -> None:
     pytest.importorskip("ray.data", reason="needs the extra ray")
-    kill_and_compare(tmp_path, "ray", kills=10, seed=1)
+    kill_and_compare(tmp_path, "ray", documents=60, kills=10, seed=1)
 
 
-def kill_and_compare(folder: Path, kind: str, kills: int, seed: int) -> None:
+def kill_and_compare(folder: Path, kind: str, *, documents: int, kills: int, seed: int) -> None:
     """The same command again after SIGKILLs, each at a moment drawn from after so many answers of the writer."""
-    inputs = write_documents(folder / "in.jsonl", 60)
+    inputs = write_documents(folder / "in.jsonl", documents)
     draw = Random(seed)
     with writer(pause=0.01) as server:
         assert run_in_process(inputs, server.url, folder / "whole", kind).wait(120) == 0
         whole, calls = written(folder / "whole"), server.calls
-        assert len(whole) == 60
+        assert len(whole) == documents
         done = 0
         for _ in range(kills):
             until = server.calls + draw.randrange(1, max(2, 2 * calls // kills))
@@ -133,7 +133,7 @@ def kill_and_compare(folder: Path, kind: str, kills: int, seed: int) -> None:
         assert run_in_process(inputs, server.url, folder / "out", kind).wait(120) == 0
         assert done >= kills // 2
     assert written(folder / "out") == whole
-    assert read_json(folder / "out" / "curated.json")["stages"]["rephrase"]["out"] == 60
+    assert read_json(folder / "out" / "curated.json")["stages"]["rephrase"]["out"] == documents
 
 
 def run_in_process(inputs: Path, url: str, out: Path, kind: str) -> subprocess.Popen[bytes]:

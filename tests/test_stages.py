@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -242,12 +243,27 @@ def test_rl_trains_the_policy_that_it_samples_at_any_temperature(folder, base, t
 def test_rl_is_held_near_its_start(folder, base, tmp_path):
     far = {}
     for kl in (1e-6, 3.0):
-        config = tiny_config(folder, rl={"kl": kl, "steps": 6})
+        config = tiny_config(folder, rl={"kl": kl}, checkpoint={"enabled": False}, eval={"arithmetic_questions": 1})
         assert rl.run(config, tmp_path / str(kl), start_from=base).train.finished
         steps = RunDir(tmp_path / str(kl)).read_metrics("step")
         assert steps[0]["kl_start"] < 1e-9  # the copy is the policy
         far[kl] = steps[-1]["kl_start"]
     assert far[3.0] < 0.7 * far[1e-6]
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"kl": 0.1}, "rl.kl needs a copy of the weights it starts from"),
+        ({"ahead": True}, "rl.ahead needs a copy of the weights"),
+        ({"server": "http://localhost/v1", "replay": False}, "rl.server is synced by one process"),
+    ],
+)
+def test_rl_refuses_what_several_processes_do_not_do(folder, base, tmp_path, monkeypatch, settings, complaint):
+    opened = rl.open_stage
+    monkeypatch.setattr(rl, "open_stage", lambda *args: replace(opened(*args), sharding=object()))
+    with pytest.raises(UsageError, match=complaint.replace(".", r"\.")):
+        rl.run(tiny_config(folder, rl=settings), tmp_path / "run", start_from=base)
 
 
 def test_rl_does_not_go_on_from_another_start(folder, base, tmp_path):
