@@ -58,11 +58,21 @@ def measure_variant(variant: str, options: argparse.Namespace, keep: Callable[[d
     keep({"parameters": config.model.num_params(), "flops_per_token": flops})
 
     first, losses = time.perf_counter(), []
+    loading: list[float] = []
+    """Seconds for which a step waits for its rows. Here nothing is prefetched, in training a thread fills ahead."""
+    reading: list[float] = []
+    """Seconds from the end of the device's work until a step's numbers are on the host as a record has them."""
 
     def step(number: int) -> None:
         planned = PlannedStep(number, "bench", size["step_rows"], 0, 1.0)
+        started = time.perf_counter()
         rows = next(source)
-        losses.append(runner.run(planned, rows.split(size["rows"])).read()["loss"])
+        loading.append(time.perf_counter() - started)
+        packed = runner.run(planned, rows.split(size["rows"]))
+        synchronize(device)
+        started = time.perf_counter()
+        losses.append(packed.read()["loss"])
+        reading.append(time.perf_counter() - started)
 
     step(0)
     step(1)
@@ -72,6 +82,8 @@ def measure_variant(variant: str, options: argparse.Namespace, keep: Callable[[d
     tokens = size["step_rows"] * size["seq_len"]
     keep({"loss": losses[-1], "losses": losses, "peak_gib": peak_gib(device)})
     keep({"step": speed(seconds, tokens, flops, peak)})
+    keep({"loader_share": statistics.median(loading) / statistics.median(seconds)})
+    keep({"metrics_share": statistics.median(reading) / statistics.median(seconds)})
 
     rows = next(source)[: size["rows"]]
     share, batch = step_share([rows], device), to_device(rows, device)
