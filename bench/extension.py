@@ -76,7 +76,7 @@ def run_parts(options: argparse.Namespace, results: dict[str, Any], keep: Any) -
     for variant in options.variants:
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             base = options.out / f"{variant}-{seed}"
-            config = run_config(options, variant, seed, options.lengths[0])
+            config = run_config(options, variant, seed, options.lengths[0], first=True)
             done = results.setdefault("runs", {}).setdefault(f"{variant}/{seed}", {})
             if "pretrain" in options.parts and "pretrain" not in done:
                 started = begin()

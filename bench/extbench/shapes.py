@@ -71,8 +71,13 @@ SHAPES = {
 VARIANTS = ("3to1", "full", "nope")
 
 
-def run_config(options: argparse.Namespace, variant: str, seed: int, length: int) -> RunConfig:
-    """Settings of the pretraining and of the extension at rows of `length` tokens."""
+FIRST = ("retrieval.tasks={lookup=1.0}", "retrieval.density=[0.3, 0.9]")
+"""Of the retrieval documents of the pretraining: one kind of question, and many of them. A model of four layers learns
+to look keys up within two million such tokens; with all kinds at once it had not after three."""
+
+
+def run_config(options: argparse.Namespace, variant: str, seed: int, length: int, *, first: bool = False) -> RunConfig:
+    """Settings of the pretraining (`first`) or of the extension at rows of `length` tokens."""
     shape = SHAPES[options.shape]
     longest = 4 * options.target
     attention = {"3to1": {}, "full": {"window": longest}, "nope": {"global_every": 1}}[variant]
@@ -114,6 +119,7 @@ def run_config(options: argparse.Namespace, variant: str, seed: int, length: int
             f"eval.niah_lengths=[{options.target // 2}, {options.target}, {2 * options.target}]",
             "eval.niah_reuse=true",
             *shape.settings,
+            *(FIRST if first else ()),
             *options.set,
         ],
     )
