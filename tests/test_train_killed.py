@@ -83,12 +83,15 @@ def test_killed_at_random_moments(tmp_path: Path, seed: int, most_kills: int) ->
     assert not list((path / "checkpoints").glob(".*")), "nothing half-written is left"
 
 
+THOUSAND = (pytest.mark.slow, pytest.mark.timeout(3600))  # minutes, or many on a busy machine
+
+
 @pytest.mark.parametrize(
     ("kills", "mode"),
     [
         (24, ()),
-        pytest.param(1000, (), marks=pytest.mark.slow),
-        pytest.param(1000, ("--asynchronous",), marks=pytest.mark.slow),
+        pytest.param(1000, (), marks=THOUSAND),
+        pytest.param(1000, ("--asynchronous",), marks=THOUSAND),
     ],
 )
 def test_killed_at_every_change_to_the_disk_and_at_random_ones(
