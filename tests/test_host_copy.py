@@ -135,8 +135,8 @@ def test_a_slow_disk_writes_what_was_there_at_the_step(tmp_path: Path, monkeypat
     job = small_job(tmp_path / "behind", small_config("checkpoint.asynchronous=true", "checkpoint.keep_last=9"))
     update = job.optimizer.step
 
-    def counted(skip: torch.Tensor | None = None) -> None:
-        update(skip)
+    def counted(skip: torch.Tensor | None = None, number: int = 0) -> None:
+        update(skip, number)
         with news:
             taken[0] += 1
             news.notify_all()

@@ -303,8 +303,8 @@ def test_a_checkpoint_of_spoilt_weights_is_not_gone_back_to(tmp_path: Path) -> N
     job = small_job(tmp_path, small_config("checkpoint.asynchronous=false"))
     update, updates = job.optimizer.step, []
 
-    def spoil(skip: torch.Tensor | None = None) -> None:
-        update(skip)
+    def spoil(skip: torch.Tensor | None = None, number: int = 0) -> None:
+        update(skip, number)
         updates.append(skip)
         if len(updates) == 10:
             job.model.get_parameter("layers.1.attn.o.weight").data[0, 0] = math.nan
