@@ -72,8 +72,8 @@ VARIANTS = ("3to1", "full", "nope")
 
 
 FIRST = ("retrieval.tasks={lookup=1.0}", "retrieval.density=[0.3, 0.9]")
-"""Of the retrieval documents of the pretraining: one kind of question, and many of them. The answers' loss of a model of
-four layers falls by half within one million such tokens; with all kinds at once it had not after three."""
+"""Of the retrieval documents of the pretraining: one kind of question, and many of them. The answers' loss of a model
+of four layers falls by half within one million such tokens; with all kinds at once it had not after three."""
 
 
 def run_config(options: argparse.Namespace, variant: str, seed: int, length: int, *, first: bool = False) -> RunConfig:
