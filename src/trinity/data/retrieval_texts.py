@@ -79,6 +79,41 @@ ASKS = (
     "Earlier in the text {k} came with a {n}. That {n} reads",
     "{k} has the {n}",
 )
+QUESTIONS = (
+    "Which {n} belongs to {k}{w}",
+    "What {n} does {k} have{w}",
+    "Can you tell the {n} of {k}{w}",
+    "Do you recall the {n} that {k} had{w}",
+    "What was written down as the {n} of {k}{w}",
+    "Someone asks for the {n} of {k}{w}; what should one say",
+    "{k}: what {n} goes with it{w}",
+    "Which {n} stands beside {k}{w}",
+)
+LEADS = (
+    "The {n} of {k}{w} is",
+    "The {n} for {k}{w} is:",
+    "The {n} that belongs to {k}{w} is",
+    "The {n} written down for {k}{w} was:",
+    "{k}{w} has the {n}",
+    "For {k}{w}, the {n} is:",
+    "The {n} standing beside {k}{w} reads",
+    "It is",
+    "Answer:",
+    "{k}:",
+)
+WHERES = (
+    "",
+    "",
+    " in this document",
+    " in the pages above",
+    " according to what was said before",
+    " as noted earlier",
+    " by the lines above",
+    ", if one reads all of it,",
+    " somewhere on these pages",
+)
+"""Questions and the beginnings of their answers go together at will, so that no single wording has to be learned: a
+model that knew only a few looked needles up without a fault where it was asked in one of them, and guessed where not."""
 INTROS = (
     "",
     "Notes stand between the lines of this document. Keep them in mind.\n",
@@ -163,8 +198,8 @@ class Scene:
         self.draws, self.vocabulary = draws, vocabulary
         statement = pick(draws, STATEMENTS)
         before = statement.partition("{v}")[0].rstrip()
-        # Half of the questions begin the statement again: the shortest way to learn that looking back pays.
-        ask = before if "{k}" in before and draws.below(2) else pick(draws, ASKS)
+        # A third of the questions begin the statement again: the shortest way to learn that looking back pays.
+        ask = before if "{k}" in before and draws.below(3) == 0 else _ask(draws)
         self.style = Style(pick(draws, _NOUNS), statement, ask, pick(draws, _ENDS))
         self.key_form, self.value_form = draws.below(KEY_FORMS), draws.below(VALUE_FORMS)
         self._used: set[str] = set()
@@ -183,6 +218,16 @@ class Scene:
             pass
         self._used.add(text)
         return text
+
+
+def _ask(draws: Draws) -> str:
+    """A way to ask: one of the short ones, or a question and the beginning of its answer."""
+    if draws.below(4) == 0:
+        return pick(draws, ASKS)
+    where = pick(draws, WHERES)
+    question = pick(draws, QUESTIONS).replace("{w}", where)
+    lead = pick(draws, LEADS).replace("{w}", where if draws.below(2) else pick(draws, WHERES))
+    return f"{question}? {lead}" if draws.below(4) else lead
 
 
 def lookup(scene: Scene) -> Group:
