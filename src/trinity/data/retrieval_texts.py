@@ -113,7 +113,7 @@ WHERES = (
     " somewhere on these pages",
 )
 """Questions and the beginnings of their answers go together at will, so that no single wording has to be learned: a
-model that knew only a few looked needles up without a fault where it was asked in one of them, and guessed where not."""
+model that knew only a few found every needle that was asked for in one of them, and guessed where not."""
 INTROS = (
     "",
     "Notes stand between the lines of this document. Keep them in mind.\n",
