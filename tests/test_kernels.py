@@ -12,6 +12,7 @@ from trinity.config import resolve
 from trinity.model.rope import Rotation, reference_rotate, rotation
 from trinity.model.router import Documents, Routing, routing_stats
 from trinity.ops import exact_linear as exact
+from trinity.ops.accumulate import reference_accumulate_
 from trinity.ops.cross_entropy import IGNORE, reference_cross_entropy
 from trinity.ops.exact_linear import reference_exact_linear
 from trinity.ops.experts import reference_experts, sort_by_expert
@@ -215,7 +216,8 @@ def test_chunk_loss(dtype: torch.dtype) -> None:
 
 def test_accumulate() -> None:
     total, part = leaf(5000, seed=0).detach(), leaf(5000, seed=1, dtype=torch.bfloat16).detach()
-    expected = total + part.float()
+    expected = total.clone()
+    reference_accumulate_(expected, part)
     elementwise.accumulate_(total, part)
     assert torch.equal(total, expected)
 

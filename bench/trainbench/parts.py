@@ -12,13 +12,13 @@ PARTS = (
     ("experts", r"grouped|Grouped|GroupProblem|_swiglu|silu"),
     (
         "routing",
-        r"permute|combine|router|routing|topk|TopK|[Ss]ort|[Rr]adix|gatherTopK|bitonic|searchsorted|scatter|gather",
+        r"permute|combine|router|routing|topk|TopK|[Ss]ort|[Rr]adix|gatherTopK|bitonic|searchsorted|scatter|gather|^_add_up$",
     ),
-    ("norms", r"rms_norm|_norm_|layer_norm|RMSNorm|vectorized_layer_norm"),
-    ("loss", r"cross_entropy|softmax|nll_loss"),
+    ("norms", r"rms_norm|_norm_|_residual_|layer_norm|RMSNorm|vectorized_layer_norm"),
+    ("loss", r"cross_entropy|softmax|nll_loss|^_chunk$"),
     ("rope and gate", r"qk_norm|rope|_gate|sigmoid"),
     ("matrix products", r"gemm|cutlass|nvjet|wgmma|cublas|_mm_|addmm|bmm"),
-    ("optimizer and accumulation", r"multi_tensor|foreach|adam|lerp|addcmul"),
+    ("optimizer and accumulation", r"multi_tensor|foreach|adam|lerp|addcmul|^_accumulate$|^_direction$|^_move$"),
     ("copies", r"Memcpy|Memset|copy_|FillFunctor|CatArray"),
 )
 """First match counts. Matrix products of projections, head and Muon have names of cuBLAS and cannot be told apart."""

@@ -14,7 +14,8 @@ from trinity.base.errors import UserError
 from trinity.config.curate import CurateConfig
 from trinity.curate.answers import Answer, Journal
 from trinity.curate.asking import open_requests
-from trinity.curate.graph import Graph, Row, guarded, opened
+from trinity.curate.graph import Graph
+from trinity.data.ray_team import Row, guarded, opened
 
 CONCURRENT_BATCHES = 8
 STAGES = 4

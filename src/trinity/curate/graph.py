@@ -7,7 +7,6 @@ lost with its worker or node is run again without a trace of the first attempt.
 import json
 import logging
 import os
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,35 +17,10 @@ from trinity.config.curate import ClusterConfig, CurateConfig, EndpointConfig
 from trinity.curate.asking import Asker
 from trinity.curate.client import Client, PurseLike
 from trinity.curate.purse import Purse
-from trinity.data.ray_team import LOCAL, ray_cluster
+from trinity.data.ray_team import LOCAL, Row, guarded, opened, ray_cluster, ray_jobs
 
 BLOCKS_IN_HAND = 2
 """Blocks that an asking worker has at a time: one under way, one waiting."""
-Row = dict[str, Any]
-
-
-def guarded(work: Callable[[], Any]) -> Row:
-    """The JSON of a result, or what went wrong: an exception would be tried again by Ray without end."""
-    outcome = {"result": "null", "refused": "", "errno": 0, "bug": ""}
-    try:
-        return {**outcome, "result": json.dumps(work())}
-    except UserError as error:
-        return {**outcome, "refused": str(error)}
-    except OSError as error:
-        return {**outcome, "refused": str(error), "errno": error.errno or -1}
-    except Exception:
-        return {**outcome, "bug": traceback.format_exc()}
-
-
-def opened(row: Row) -> Any:
-    """The result of `guarded`, or its error, raised here."""
-    if row["bug"]:
-        raise RuntimeError(f"a task on the Ray cluster failed:\n{row['bug']}")
-    if row["errno"]:
-        raise OSError(row["errno"], row["refused"])
-    if row["refused"]:
-        raise UserError(row["refused"])
-    return json.loads(row["result"])
 
 
 class Graph:
@@ -61,20 +35,8 @@ class Graph:
 
     def each(self, function: Callable[..., Any], items: Sequence[Any], *shared: Any) -> Iterator[Any]:
         """Results of `function(item, *shared)`, as they come, of one task each."""
-        if not items:
-            return
-        everything, here = self._ray.put((function, list(items), shared)), self._here
-        get = self._ray.get
-
-        def work(row: Row) -> Row:
-            os.chdir(here)  # paths may be relative
-            function, items, shared = get(everything)
-            return guarded(lambda: function(items[row["item"]], *shared))
-
-        rows = self._ray.data.from_items([{"item": n} for n in range(len(items))], override_num_blocks=len(items))
-        mapped = rows.map(work, compute=self._tasks(len(items)), **self.task)
-        for row in mapped.iter_rows():
-            yield opened(row)
+        jobs = [(item,) for item in items]
+        yield from ray_jobs(self._ray, function, jobs, shared, self._workers(len(jobs)), **self.task)
 
     def ask(
         self,
@@ -109,14 +71,14 @@ class Graph:
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=BLOCKS_IN_HAND),
             num_cpus=0,
         )
-        finished = asked.map(done, compute=self._tasks(len(blocks)), **self.task)
+        finished = asked.map(done, compute=ray.data.TaskPoolStrategy(size=self._workers(len(blocks))), **self.task)
         for row in finished.iter_rows():
             yield opened(row)
 
-    def _tasks(self, most: int) -> Any:
+    def _workers(self, most: int) -> int | None:
         """As many tasks at a time as the settings say; None: as many as there are CPUs."""
         limit = self._settings.workers
-        return self._ray.data.TaskPoolStrategy(size=None if limit is None else min(limit, most))
+        return None if limit is None else min(limit, most)
 
     def purse(self, config: CurateConfig, tokens: int, money: float) -> PurseLike | None:
         """One for all workers, with what was spent so far; None without limits."""

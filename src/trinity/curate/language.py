@@ -21,11 +21,6 @@ def identify(text: str, least_probability: float = 0.0) -> tuple[str, float]:
     return (code if probability >= least_probability else NONE), float(probability)
 
 
-def known_languages() -> list[str]:
-    """Codes that `identify` can give."""
-    return sorted(str(label) for label in _identifier().labels)
-
-
 @functools.cache
 def _identifier() -> Any:
     try:

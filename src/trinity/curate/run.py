@@ -30,10 +30,10 @@ from trinity.curate.embedded import embedded
 from trinity.curate.finish import Judges, finish_block
 from trinity.curate.forms import MakeRunner
 from trinity.curate.graph import Graph, cluster
-from trinity.curate.quality import QualityModel, read_examples, train
+from trinity.curate.quality import read_examples, train
 from trinity.curate.recipes import check_recipes, load_recipe
 from trinity.curate.summary import summarise
-from trinity.data.corpus import Input, InputFile, cut_file, list_files
+from trinity.data.corpus import Input, InputFile, cut_together, list_files
 from trinity.data.overlap import Overlap, question_text
 from trinity.data.ray_team import LOCAL
 from trinity.data.records import read_records
@@ -75,7 +75,8 @@ def curate(
     _check_backend(config)
     out = Path(out_dir)
     listing = list_files([Input.parse(path) for path in config.input.paths])
-    blocks = _blocks(listing.files, config.input.block_bytes)
+    pieces = cut_together(listing.files, config.input.block_bytes)
+    blocks = [Block(number, together) for number, together in enumerate(pieces)]
     judges, plan = _judges(config, make_runner), _plan(config, listing.files)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, f"another process is curating into {out}; wait for it or name another directory"):
@@ -192,22 +193,6 @@ def _check_backend(config: CurateConfig) -> None:
         raise UsageError("a budget is kept for endpoints, not for vLLM engines of one's own; leave [budget] out")
 
 
-def _blocks(files: Sequence[InputFile], limit: int) -> list[Block]:
-    """Consecutive pieces in blocks that each stop once they reach the size."""
-    blocks: list[Block] = []
-    pieces, size = [], 0
-    for file in files:
-        for piece in cut_file(file, limit):
-            pieces.append(piece)
-            size += piece.size
-            if size >= limit:
-                blocks.append(Block(len(blocks), tuple(pieces)))
-                pieces, size = [], 0
-    if pieces:
-        blocks.append(Block(len(blocks), tuple(pieces)))
-    return blocks
-
-
 def _judges(config: CurateConfig, make_runner: MakeRunner | None) -> Judges:
     tests = None
     if config.checks.tests and config.has("validate"):
@@ -280,9 +265,3 @@ def first_difference(before: Any, now: Any, key: str = "") -> str | None:
         pairs = enumerate(zip(before, now, strict=True))
         return next((d for i, (a, b) in pairs if (d := first_difference(a, b, f"{key}.{i}")) is not None), None)
     return None if before == now else f"with {key} = {before} and not {now}"
-
-
-def quality_of(out: Path) -> QualityModel | None:
-    """The quality model of a curation, or None."""
-    path = out / QUALITY
-    return QualityModel.load_from(read_json(path)["model"]) if path.exists() else None

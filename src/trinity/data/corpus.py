@@ -139,6 +139,21 @@ def list_files(inputs: Sequence[Input]) -> Listing:
     return Listing(files, passed_over)
 
 
+def cut_together(files: Iterable[InputFile], size: int) -> Iterator[tuple[Piece, ...]]:
+    """Consecutive pieces of all files, in runs that each stop once they reach `size` bytes of text."""
+    pieces: list[Piece] = []
+    held = 0
+    for file in files:
+        for piece in cut_file(file, size):
+            pieces.append(piece)
+            held += piece.size
+            if held >= size:
+                yield tuple(pieces)
+                pieces, held = [], 0
+    if pieces:
+        yield tuple(pieces)
+
+
 def cut_file(file: InputFile, piece_bytes: int | None = None) -> Iterator[Piece]:
     """Cut a file into pieces of about `piece_bytes` of text (default: one). Text and compressed files are never cut."""
     source = f"{file.label}/{file.inside}" if file.inside else file.label

@@ -24,7 +24,7 @@ import numpy as np
 
 from trinity.base.errors import UsageError, UserError
 from trinity.base.files import locked, read_json, write_json
-from trinity.data.corpus import Input, Listing, cut_file, list_files
+from trinity.data.corpus import Input, Listing, cut_together, list_files
 from trinity.data.duplicates import choose_kept
 from trinity.data.readers import Columns
 from trinity.data.shard_writer import assemble
@@ -168,19 +168,7 @@ def _units(listing: Listing, unit_bytes: int | None) -> list[Unit]:
     """Consecutive pieces in units that each stop once they reach the size."""
     total = sum(file.text_bytes for file in listing.files)
     limit = unit_bytes or min(max(total // UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
-    units: list[Unit] = []
-    pieces = []
-    size = 0
-    for file in listing.files:
-        for piece in cut_file(file, limit):
-            pieces.append(piece)
-            size += piece.size
-            if size >= limit:
-                units.append(Unit(len(units), tuple(pieces)))
-                pieces, size = [], 0
-    if pieces:
-        units.append(Unit(len(units), tuple(pieces)))
-    return units
+    return [Unit(number, pieces) for number, pieces in enumerate(cut_together(listing.files, limit))]
 
 
 def _claim(out: Path, plan: dict[str, Any], force: bool) -> bool:

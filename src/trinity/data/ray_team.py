@@ -1,5 +1,6 @@
 """Runs units of work over a Ray cluster with Ray Data: the extra `ray`."""
 
+import json
 import logging
 import os
 import socket
@@ -12,6 +13,7 @@ from trinity.base.errors import UserError
 from trinity.data.team import RunJobs
 
 LOCAL = "local"
+Row = dict[str, Any]
 
 
 @contextmanager
@@ -22,7 +24,8 @@ def ray_team(address: str, workers: int | None) -> Iterator[RunJobs]:
     dies is run again elsewhere. Address, needs and errors: `ray_cluster`.
     """
     with ray_cluster(address, workers) as ray:
-        yield lambda function, jobs, shared: _run_jobs(ray, function, jobs, shared, workers)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield lambda function, jobs, shared: map(tuple, ray_jobs(ray, function, jobs, shared, workers, num_cpus=1))
 
 
 @contextmanager
@@ -68,37 +71,51 @@ def _check_reachable(address: str) -> None:
         raise UserError(f"no Ray cluster answers at {address!r}: {error}") from None
 
 
-def _run_jobs(
+def ray_jobs(
     ray: Any,
     function: Callable[..., Any],
     jobs: Sequence[tuple[Any, ...]],
     shared: tuple[Any, ...],
     workers: int | None,
+    **task: Any,
 ) -> Iterator[Any]:
+    """Results of `function(*job, *shared)`, which must be JSON, as they come, of one task each.
+
+    At most `workers` run at a time (None: as many as there are CPUs); `task` is what a task needs.
+    """
     if not jobs:
         return
-    ray.data.DataContext.get_current().enable_progress_bars = False
     everything, here = ray.put((function, list(jobs), shared)), os.getcwd()  # noqa: PTH109
 
-    def work(row: dict[str, Any]) -> dict[str, Any]:
-        outcome = {"result": [0, 0, 0], "refused": "", "errno": 0, "bug": ""}
-        try:
-            os.chdir(here)  # paths may be relative
-            function, jobs, shared = ray.get(everything)
-            return {**outcome, "result": list(function(*jobs[row["job"]], *shared))}
-        except UserError as error:
-            return {**outcome, "refused": str(error)}
-        except OSError as error:
-            return {**outcome, "refused": error.strerror or str(error), "errno": error.errno or -1}
-        except Exception:  # raised here it would be tried again without end
-            return {**outcome, "bug": traceback.format_exc()}
+    def work(row: Row) -> Row:
+        os.chdir(here)  # paths may be relative
+        function, jobs, shared = ray.get(everything)
+        return guarded(lambda: function(*jobs[row["job"]], *shared))
 
     numbers = ray.data.from_items([{"job": number} for number in range(len(jobs))], override_num_blocks=len(jobs))
-    for row in numbers.map(work, compute=ray.data.TaskPoolStrategy(size=workers), num_cpus=1).iter_rows():
-        if row["bug"]:
-            raise RuntimeError(f"a task on the Ray cluster failed:\n{row['bug']}")
-        if row["errno"]:
-            raise OSError(row["errno"], row["refused"])
-        if row["refused"]:
-            raise UserError(row["refused"])
-        yield tuple(row["result"])
+    for row in numbers.map(work, compute=ray.data.TaskPoolStrategy(size=workers), **task).iter_rows():
+        yield opened(row)
+
+
+def guarded(work: Callable[[], Any]) -> Row:
+    """The JSON of a result, or what went wrong: an exception would be tried again by Ray without end."""
+    outcome = {"result": "null", "refused": "", "errno": 0, "bug": ""}
+    try:
+        return {**outcome, "result": json.dumps(work())}
+    except UserError as error:
+        return {**outcome, "refused": str(error)}
+    except OSError as error:
+        return {**outcome, "refused": error.strerror or str(error), "errno": error.errno or -1}
+    except Exception:  # told by `opened`
+        return {**outcome, "bug": traceback.format_exc()}
+
+
+def opened(row: Row) -> Any:
+    """The result of `guarded`, or its error, raised here."""
+    if row["bug"]:
+        raise RuntimeError(f"a task on the Ray cluster failed:\n{row['bug']}")
+    if row["errno"]:
+        raise OSError(row["errno"], row["refused"])
+    if row["refused"]:
+        raise UserError(row["refused"])
+    return json.loads(row["result"])

@@ -4,6 +4,7 @@ A task turns a record of its file into requests, and the model's replies into a 
 metrics follow the public evaluation harness where it has the task, so that figures compare.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Shots:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Task(ABC):
     name: str
     source: Source
     shots: Shots | None = None
@@ -66,9 +67,9 @@ class Task:
     chat: bool = False
     """The question is a user's turn."""
 
+    @abstractmethod
     def example(self, record: Record) -> str:
         """A worked example: question and answer."""
-        raise NotImplementedError
 
     def header(self, record: Record) -> str:
         """What stands before the examples."""
@@ -78,9 +79,9 @@ class Task:
         """Everything before the question's own text."""
         return self.header(record) + "".join(self.example(shot) + "\n\n" for shot in shots)
 
+    @abstractmethod
     def evaluate(self, model: LanguageModel, questions: Sequence[tuple[Record, Sequence[Record]]]) -> list[Score]:
         """Scores of (record, its examples)."""
-        raise NotImplementedError
 
     def chance(self, record: Record) -> float:
         """Score to be expected of a model that knows nothing."""
